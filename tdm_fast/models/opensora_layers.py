@@ -1,0 +1,194 @@
+"""Layers of the Open-Sora Plan v1.3 transformer: rotary positions, skiparse attention, the transformer block.
+
+Tokens are batch first, ``[B, N, d]``, in (frame, row, column) order.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+ROPE_BASE = 10_000.0
+
+
+def rotary_tables(
+    size: tuple[int, int, int], head_dim: int, interpolation_scale: Sequence[float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of the three-axis rotary embedding, each float32 ``[T * H * W, 1, head_dim]``.
+
+    ``size`` is the token grid (T, H, W). A head's features fall into three equal parts, one per axis; within a part of
+    width D, feature i of the first half is turned with feature i of the second half by
+    ``position / interpolation_scale * 10000 ** (-2 i / D)``. The sine of the first half is negated, so that
+    :func:`apply_rotary` is two products. The angles are computed in float64: in the fp32 or bf16 of the activations the
+    phase of far positions would be visibly off.
+    """
+    part = head_dim // 3
+    frequencies = ROPE_BASE ** (-torch.arange(0, part, 2, dtype=torch.float64) / part)
+    axes = []
+    for axis, (length, scale) in enumerate(zip(size, interpolation_scale, strict=True)):
+        angles = torch.outer(torch.arange(length, dtype=torch.float64) / scale, frequencies)
+        shape = [1, 1, 1, part // 2]
+        shape[axis] = length
+        axes.append(angles.view(shape).expand(*size, part // 2))
+    angles = torch.stack(axes, dim=3).flatten(0, 2)  # [N, 3, part / 2]
+    cos, sin = angles.cos(), angles.sin()
+    cos = torch.stack((cos, cos), dim=2).flatten(1)
+    sin = torch.stack((-sin, sin), dim=2).flatten(1)
+    return cos.float().to(device).unsqueeze(1), sin.float().to(device).unsqueeze(1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x [B, N, heads, head_dim]`` by the tables of :func:`rotary_tables`; computed in fp32, returned in x's dtype."""
+    half = x.shape[-1] // 6
+    partner = x.unflatten(-1, (3, 2, half)).flip(-2).flatten(-3)
+    return (x * cos + partner * sin).to(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """How one kind of layer arranges its tokens for self-attention, with the tables that follow that arrangement.
+
+    Skiparse splits N tokens into n = ``subsequences`` interleaved subsequences that attend within themselves. After zero
+    padding to a multiple of n², token j belongs to subsequence ``j mod n``, or, if ``swapped``, to ``(j // n) mod n``.
+    With j = (a·n + b)·n + c these are c and b: exchanging b and c turns the second rule into the first. The first needs
+    no reordering at all, because a tensor ``[B, N, heads, head_dim]`` read as ``[B, N / n, n · heads, head_dim]`` is
+    attention with n · heads heads over N / n tokens. n = 1 is dense attention.
+
+    cos, sin: ``[N', 1, head_dim]`` in the arranged order, N' tokens with padding.
+    mask: bool ``[B or 1, n · heads, 1, N' / n]``, True where a key counts, or None where all count.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    subsequences: int = 1
+    swapped: bool = False
+    padding: int = 0
+
+    @classmethod
+    def build(cls, cos: Tensor, sin: Tensor, subsequences: int, swapped: bool, heads: int) -> "TokenLayout":
+        """Layout for all tokens of the tables ``cos``, ``sin`` ``[N, 1, head_dim]`` in natural order, none masked."""
+        tokens = cos.shape[0]
+        padding = -tokens % subsequences**2
+        layout = cls(cos, sin, None, subsequences, swapped, padding)
+        cos, sin = (layout.arrange(table.transpose(0, 1)).transpose(0, 1) for table in (cos, sin))
+        layout = dataclasses.replace(layout, cos=cos, sin=sin)
+        if padding:
+            layout = layout.with_mask(torch.ones(1, tokens, dtype=torch.bool, device=cos.device), heads)
+        return layout
+
+    def with_mask(self, keep: Tensor, heads: int) -> "TokenLayout":
+        """The same layout with only the keys where ``keep`` (bool ``[B, N]``) is True; padding never counts."""
+        keep = self.arrange(keep.unsqueeze(-1)).squeeze(-1)
+        keep = keep.unflatten(1, (-1, self.subsequences)).transpose(1, 2)  # [B, n, N' / n]
+        keep = keep_something(keep)[:, :, None, None].expand(-1, -1, heads, -1, -1)
+        return dataclasses.replace(self, mask=keep.flatten(1, 2))
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Bring ``x [B, N, c]`` into this layout: ``[B, N', c]``."""
+        if self.padding:
+            x = F.pad(x, (0, 0, 0, self.padding))
+        return self._exchange(x)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Undo :meth:`arrange`."""
+        x = self._exchange(x)
+        return x[:, : x.shape[1] - self.padding] if self.padding else x
+
+    def _exchange(self, x: Tensor) -> Tensor:
+        if not self.swapped:
+            return x
+        n = self.subsequences
+        return x.unflatten(1, (-1, n, n)).transpose(2, 3).flatten(1, 3)
+
+
+def keep_something(keep: Tensor) -> Tensor:
+    """Where a row of ``keep [..., keys]`` keeps nothing, keep everything: a softmax over no key at all is not a number."""
+    return keep | ~keep.any(dim=-1, keepdim=True)
+
+
+class Attention(nn.Module):
+    """Projections of a multi-head attention, named as in diffusers; the attention itself is torch's SDPA."""
+
+    def __init__(self, dim: int, heads: int, bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(dim, dim, bias=bias)
+        self.to_v = nn.Linear(dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """``query, key, value [B, N, heads, head_dim]`` to ``[B, N, heads, head_dim]``."""
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        )
+        return out.transpose(1, 2)
+
+    def _project_out(self, x: Tensor) -> Tensor:
+        return self.to_out[1](self.to_out[0](x))
+
+
+class SelfAttention(Attention):
+    """Dense or skiparse self-attention with rotary positions."""
+
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """``x [B, N, d]`` to ``[B, N, d]``; ``layout`` says which tokens see each other."""
+        x = layout.arrange(x)
+        per_head = (self.heads, x.shape[-1] // self.heads)
+        query = apply_rotary(self.to_q(x).unflatten(-1, per_head), layout.cos, layout.sin)
+        key = apply_rotary(self.to_k(x).unflatten(-1, per_head), layout.cos, layout.sin)
+        value = self.to_v(x).unflatten(-1, per_head)
+        if layout.subsequences > 1:
+            folded = (x.shape[0], -1, layout.subsequences * self.heads, per_head[1])
+            query, key, value = query.view(folded), key.view(folded), value.view(folded)
+        out = self._attend(query, key, value, layout.mask).reshape(x.shape)
+        return layout.restore(self._project_out(out))
+
+
+class CrossAttention(Attention):
+    """Attention of all video tokens to the text; in sparse layers too, where the original only repeats K and V."""
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        """``x [B, N, d]``, ``text [B, L, d]``, ``mask`` bool ``[B, 1, 1, L]`` (True = keep) or None, to ``[B, N, d]``."""
+        per_head = (self.heads, x.shape[-1] // self.heads)
+        query, key, value = (
+            project(source).unflatten(-1, per_head)
+            for project, source in ((self.to_q, x), (self.to_k, text), (self.to_v, text))
+        )
+        return self._project_out(self._attend(query, key, value, mask).flatten(2))
+
+
+class OpenSoraBlock(nn.Module):
+    """Modulated self-attention, plain cross-attention (no norm, no gate), modulated feed-forward."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dropout: float = 0.0,
+        activation_fn: str = "gelu-approximate",
+        attention_bias: bool = True,
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.attn1 = SelfAttention(dim, heads, attention_bias, dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.attn2 = CrossAttention(dim, heads, attention_bias, dropout)
+        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(
+        self, x: Tensor, text: Tensor, text_mask: Tensor | None, modulation: Tensor, layout: TokenLayout
+    ) -> Tensor:
+        """``x [B, N, d]``, ``text [B, L, d]``, ``text_mask`` bool ``[B, 1, 1, L]`` or None, ``modulation [B, 6, d]``."""
+        table = (self.scale_shift_table + modulation).unsqueeze(2)  # [B, 6, 1, d]
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.unbind(1)
+        x = x + gate_attn * self.attn1(self.norm1(x) * (1 + scale_attn) + shift_attn, layout)
+        x = x + self.attn2(x, text, text_mask)
+        return x + gate_ff * self.ff(self.norm2(x) * (1 + scale_ff) + shift_ff)
