@@ -1,0 +1,158 @@
+"""What distillation knows of a teacher: `Denoiser`, a network and its schedule, and `Conditioning`, its side inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdm_fast.schedule import Schedule
+
+_STATES, _MASK = "_hidden_states", "_attention_mask"
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Tensors that go beside x_t into a network, by name, batch first.
+
+    Token sequences are named `*_hidden_states` `[B, L, D]`; their optional masks `*_attention_mask` `[B, L]`, 1 = keep.
+    Raises ValueError if the tensors' batch sizes differ or there is none.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        sizes = {name: tensor.shape[0] if tensor.ndim else None for name, tensor in self.tensors.items()}
+        if len(set(sizes.values())) != 1 or None in sizes.values():
+            raise ValueError(f"tensors have batch sizes {sizes}; at least one tensor, and one size for all, is needed")
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def __getitem__(self, index: Tensor | slice | Sequence[int]) -> Conditioning:
+        """The samples at `index`: a slice, an index or mask tensor, or a list of indices."""
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """Move to `device`; `dtype` is given to floating-point tensors only."""
+        return Conditioning(
+            {
+                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                for name, tensor in self.tensors.items()
+            }
+        )
+
+    def expand(self, batch_size: int) -> Conditioning:
+        """One sample repeated (as a view) to `batch_size`; a conditioning that has this size already stays as it is."""
+        if len(self) == batch_size:
+            return self
+        if len(self) != 1:
+            raise ValueError(f"conditioning has {len(self)} samples; it must have 1 or {batch_size}")
+        return Conditioning(
+            {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in self.tensors.items()}
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Join batches. Sequences are padded with zeros to the longest; where that or a part's own mask makes one
+        necessary, parts without a mask get one, so that a sample's result does not change.
+
+        Raises ValueError if the parts' names, or shapes other than a sequence's length, differ.
+        """
+        tensors = [_with_masks(part.tensors, parts) for part in parts]
+        names = tensors[0].keys() if tensors else ()
+        for other in tensors:
+            if other.keys() != names:
+                raise ValueError(f"parts hold {sorted(names)} and {sorted(other)}; all must hold the same tensors")
+        return Conditioning({name: _join(name, [part[name] for part in tensors]) for name in names})
+
+
+def _with_masks(tensors: dict[str, Tensor], parts: Sequence[Conditioning]) -> dict[str, Tensor]:
+    added = dict(tensors)
+    for name, states in tensors.items():
+        mask = name.removesuffix(_STATES) + _MASK
+        if not name.endswith(_STATES) or mask in tensors:
+            continue
+        masks = [part.tensors[mask] for part in parts if mask in part.tensors]
+        lengths = {part.tensors[name].shape[1] for part in parts if name in part.tensors}
+        if masks or len(lengths) > 1:
+            added[mask] = states.new_ones(states.shape[:2], dtype=masks[0].dtype if masks else torch.int64)
+    return added
+
+
+def _join(name: str, tensors: list[Tensor]) -> Tensor:
+    if name.endswith((_STATES, _MASK)):
+        longest = max(tensor.shape[1] for tensor in tensors)
+        tensors = [_pad(tensor, longest) for tensor in tensors]
+    shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"{name} has shapes {sorted(shapes)} behind the batch; all parts must agree")
+    return torch.cat(tensors)
+
+
+def _pad(tensor: Tensor, length: int) -> Tensor:
+    missing = length - tensor.shape[1]
+    if missing == 0:
+        return tensor
+    return torch.cat((tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])), dim=1)
+
+
+class Denoiser(nn.Module):
+    """A network with its schedule. A family of teachers overrides `call_model`, nothing else knows how it is called."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Raw output, with x_t's shape, for latents `x_t` `[B, C, ...]` at table indices `t` (int64 `[B]`).
+
+        A network that also predicts variance (2C channels) has its first half taken. Raises ValueError if batch sizes
+        differ or the network's output does not fit x_t.
+        """
+        if t.shape != x_t.shape[:1] or len(conditioning) != x_t.shape[0]:
+            raise ValueError(
+                f"x_t has {x_t.shape[0]} samples, t has shape {tuple(t.shape)} and conditioning has {len(conditioning)}"
+                " samples; all must describe one batch"
+            )
+        output = self.call_model(x_t, self.schedule.to(t.device).timesteps[t], conditioning)
+        if x_t.ndim > 1 and output.ndim == x_t.ndim and output.shape[1] == 2 * x_t.shape[1]:
+            output = output[:, : x_t.shape[1]]
+        if output.shape != x_t.shape:
+            raise ValueError(f"model's output has shape {tuple(output.shape)}; it must have x_t's {tuple(x_t.shape)}")
+        return output
+
+    def call_model(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's own call; `timestep` `[B]` is what the network is told. Override for other signatures."""
+        return self.model(x_t, timestep, **conditioning.tensors)
+
+
+@dataclass
+class ForwardCount:
+    """What `count_forwards` saw: calls, samples in them, and samples whose output carries a gradient."""
+
+    calls: int = 0
+    samples: int = 0
+    trained_samples: int = 0
+
+
+@contextmanager
+def count_forwards(denoiser: nn.Module) -> Iterator[ForwardCount]:
+    """Count the forwards that `denoiser` makes inside the `with` block."""
+    count = ForwardCount()
+
+    def record(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        count.calls += 1
+        count.samples += output.shape[0]
+        count.trained_samples += output.shape[0] if output.requires_grad else 0
+
+    handle = denoiser.register_forward_hook(record)
+    try:
+        yield count
+    finally:
+        handle.remove()
