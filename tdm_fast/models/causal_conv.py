@@ -30,10 +30,9 @@ class TemporalStream:
         self.lookahead = lookahead
 
     def keep(self, layer: nn.Module, x: Tensor, frames: int) -> None:
-        """Remembers for `layer` the last `frames` frames of `x` that are not look-ahead."""
-        end = x.shape[2] - self.lookahead
+        """Remembers for `layer` the last `frames` frames of `x`, which must not hold look-ahead frames."""
         # A clone, because a view would hold on to the whole activation.
-        self._kept[layer] = x[:, :, end - frames : end].clone()
+        self._kept[layer] = x[:, :, x.shape[2] - frames :].clone()
 
     def recall(self, layer: nn.Module) -> Tensor:
         """What `layer` kept in the chunk before."""
@@ -91,7 +90,7 @@ def causal_pad(layer: nn.Module, x: Tensor, kernel: int, stride: int, stream: Te
     elif kernel > stride:
         x = torch.cat([stream.recall(layer), x], dim=2)
     if stream is not None and kernel > stride:
-        stream.keep(layer, x, kernel - stride)
+        stream.keep(layer, x[:, :, : x.shape[2] - stream.lookahead], kernel - stride)
     return x
 
 

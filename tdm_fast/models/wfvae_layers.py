@@ -184,20 +184,17 @@ class Spatial2xTime2x3DUpsample(nn.Module):
         return self.conv(double_space(x, "bilinear"), stream)
 
     def _double_time(self, x: Tensor, stream: TemporalStream | None) -> Tensor:
-        past, rest = x[:, :, :1], x[:, :, 1:]
-        if stream is not None:
-            if not stream.first:
-                past, rest = stream.recall(self), x
-            if rest.shape[2] > stream.lookahead:
-                stream.keep(self, rest, 1)
-            else:
-                # The first frame is no neighbour of the second one: keep nothing, by keeping no frames.
-                stream.keep(self, rest, 0)
+        if stream is not None and not stream.first:
+            past = stream.recall(self)
+            stream.keep(self, x[:, :, : x.shape[2] - stream.lookahead], 1)
+            return self._interpolate(torch.cat([past, x], dim=2))[:, :, 2:]
+        first, rest = x[:, :, :1], x[:, :, 1:]
         if not rest.shape[2]:
             return x
-        if stream is None or stream.first:
-            return torch.cat([past, self._interpolate(rest)], dim=2)
-        return self._interpolate(torch.cat([past, rest], dim=2))[:, :, 2 * past.shape[2] :]
+        if stream is not None:
+            # Behind the first frame, which stays single, the second has only itself for a left neighbour.
+            stream.keep(self, rest[:, :, :1], 1)
+        return torch.cat([first, self._interpolate(rest)], dim=2)
 
     def _interpolate(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=(2.0, 1.0, 1.0), mode=self.t_interpolation)
