@@ -42,9 +42,9 @@ def rotary_tables(
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x [B, N, heads, head_dim]`` by the tables of :func:`rotary_tables`; computed in fp32, returned in x's dtype."""
-    half = x.shape[-1] // 6
-    partner = x.unflatten(-1, (3, 2, half)).flip(-2).flatten(-3)
-    return (x * cos + partner * sin).to(x.dtype)
+    first, second = x.unflatten(-1, (3, 2, x.shape[-1] // 6)).unbind(-2)
+    partner = torch.stack((second, first), dim=-2).flatten(-3)  # on a CPU twice as fast as flip
+    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +189,8 @@ class OpenSoraBlock(nn.Module):
         """``x [B, N, d]``, ``text [B, L, d]``, ``text_mask`` bool ``[B, 1, 1, L]`` or None, ``modulation [B, 6, d]``."""
         table = (self.scale_shift_table + modulation).unsqueeze(2)  # [B, 6, 1, d]
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.unbind(1)
-        x = x + gate_attn * self.attn1(self.norm1(x) * (1 + scale_attn) + shift_attn, layout)
+        modulated = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
+        x = torch.addcmul(x, gate_attn, self.attn1(modulated, layout))
         x = x + self.attn2(x, text, text_mask)
-        return x + gate_ff * self.ff(self.norm2(x) * (1 + scale_ff) + shift_ff)
+        modulated = torch.addcmul(shift_ff, self.norm2(x), 1 + scale_ff)
+        return torch.addcmul(x, gate_ff, self.ff(modulated))
