@@ -202,7 +202,7 @@ class Schedule:
             return self
         if device not in self._copies:
             tables = {item.name: getattr(self, item.name) for item in fields(self)}
-            moved = {name: table.to(device) for name, table in tables.items() if isinstance(table, Tensor)}
+            moved: dict[str, Any] = {k: v.to(device) for k, v in tables.items() if isinstance(v, Tensor)}
             self._copies[device] = replace(self, **moved)
         return self._copies[device]
 

@@ -1,0 +1,160 @@
+"""Which step of the trajectory, which interval and which timestep an update works on, per sample (arXiv 2503.06674)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tdm_fast.philox import Purpose, bounded, random_integers
+from tdm_fast.schedule import Schedule
+
+
+def trajectory_nodes(num_steps: int, total_steps: int) -> list[int]:
+    """Timesteps t_k = k * T // K - 1 of the student's steps, k = K ... 1: (4, 900) gives [899, 674, 449, 224].
+
+    Raises ValueError unless K = `num_steps` divides T = `total_steps`: else a rollout in equal strides would leave the
+    timesteps that the student is trained at.
+    """
+    if num_steps < 1 or total_steps < 1:
+        raise ValueError(f"num_steps is {num_steps} and total_steps {total_steps}; both must be at least 1")
+    if total_steps % num_steps:
+        below = total_steps - total_steps % num_steps
+        fits = " or ".join(str(value) for value in (below, below + num_steps) if value > 0)
+        raise ValueError(f"num_steps is {num_steps}, which does not divide total_steps {total_steps}; {fits} would do")
+    return [step * total_steps // num_steps - 1 for step in range(num_steps, 0, -1)]
+
+
+def resolve_nodes(num_steps: int, total_steps: int, nodes: Sequence[int] | None) -> list[int]:
+    """The trajectory's timesteps, descending: explicit `nodes` if there are any, else the formula's.
+
+    Raises ValueError if explicit nodes do not descend to 0 or more, or contradict `num_steps` (their number) or
+    `total_steps` (the first one plus 1).
+    """
+    if nodes is None:
+        return trajectory_nodes(num_steps, total_steps)
+    nodes = [int(node) for node in nodes]
+    if not nodes or nodes[-1] < 0 or any(high <= low for high, low in pairwise(nodes)):
+        raise ValueError(f"nodes are {nodes}; they must descend strictly and not go below 0, such as 999 856 665 399")
+    if len(nodes) != num_steps:
+        raise ValueError(f"num_steps is {num_steps}, but nodes are {nodes}; num_steps must be {len(nodes)}")
+    if nodes[0] + 1 != total_steps:
+        raise ValueError(f"total_steps is {total_steps}, but nodes start at {nodes[0]}; it must be {nodes[0] + 1}")
+    return nodes
+
+
+def check_intervals(
+    num_steps: int,
+    total_steps: int,
+    *,
+    separate: bool = True,
+    randmid: bool = False,
+    nodes: Sequence[int] | None = None,
+    min_timestep: int = 20,
+    margin: int = 10,
+    mid_gap: int = 20,
+    schedule: Schedule | None = None,
+) -> list[int]:
+    """Check at start-up that every range that is drawn from has a value in it; returns the trajectory's timesteps.
+
+    Given a `schedule`, also check that its tables reach the trajectory and that the signal-to-noise ratio, and with it
+    the weight of the fake-score loss, is above 0 at the noisiest timestep that can be drawn (this one reads a value
+    from the device). Raises ValueError, naming the step whose range is empty.
+    """
+    for name, value in (("min_timestep", min_timestep), ("margin", margin), ("mid_gap", mid_gap)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must be 0 or more")
+    trajectory = resolve_nodes(num_steps, total_steps, nodes)
+    highest = 0
+    for index, t_gen in enumerate(trajectory):
+        lowest_mid = trajectory[index + 1] + 1 if index + 1 < num_steps else 0
+        highest_mid = t_gen - mid_gap - 1 if randmid else lowest_mid
+        where = f"(total_steps, num_steps) = ({total_steps}, {num_steps}): the step at timestep {t_gen}"
+        if highest_mid < lowest_mid:
+            raise ValueError(
+                f"{where} has no room for a random t_mid in [{lowest_mid}, {t_gen - mid_gap}); use fewer steps, a"
+                f" larger total_steps, a mid_gap below {t_gen - lowest_mid}, or no randmid"
+            )
+        low, high = max(min_timestep, highest_mid), (t_gen if separate else total_steps) - margin
+        if high <= low:
+            raise ValueError(
+                f"{where} has no timestep left in [{low}, {high}); use fewer steps, a larger total_steps, a smaller"
+                f" margin (now {margin}) or min_timestep (now {min_timestep})"
+            )
+        highest = max(highest, high - 1)
+    if schedule is not None:
+        _check_schedule(schedule, total_steps, highest, margin)
+    return trajectory
+
+
+def _check_schedule(schedule: Schedule, total_steps: int, highest: int, margin: int) -> None:
+    length = schedule.num_train_timesteps
+    if total_steps > length:
+        raise ValueError(f"total_steps is {total_steps}, but the schedule has {length} timesteps; use at most {length}")
+    if not float(schedule.snr[highest]) > 0:
+        raise ValueError(
+            f"timestep {highest} can be drawn, where the schedule has no signal and the fake-score loss no weight; use"
+            f" a margin of at least {margin + 1} (now {margin}) or a smaller total_steps"
+        )
+
+
+def sample_intervals(
+    batch_size: int,
+    *,
+    num_steps: int,
+    total_steps: int,
+    seed: int | Tensor,
+    iteration: int | Tensor,
+    stream: int = 0,
+    sample_offset: int = 0,
+    separate: bool = True,
+    randmid: bool = False,
+    nodes: Sequence[int] | None = None,
+    min_timestep: int = 20,
+    margin: int = 10,
+    mid_gap: int = 20,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw `(k, t_gen, t_mid, t)`, int64 `[B]` each, on `device`, without host synchronisation.
+
+        k ~ U{1..K}              t_gen = t_k              t_mid = t_{k-1} + 1 (0 for k = 1)
+        t_mid ~ U[t_mid, t_gen - mid_gap)                 with `randmid`
+        t ~ U[max(min_timestep, t_mid), hi)               hi = t_gen - margin if `separate`, else T - margin
+
+    `nodes` are explicit timesteps, descending, in place of t_k = k*T//K - 1. `seed` and `iteration` are ints or 0-d
+    int64 tensors on `device`; `sample_offset` is the global index of the first sample. Of the sample's first Philox
+    block (purpose INTERVALS) word 0 gives k, word 1 t_mid and word 2 t. Raises ValueError as `check_intervals` does.
+    """
+    trajectory = check_intervals(
+        num_steps,
+        total_steps,
+        separate=separate,
+        randmid=randmid,
+        nodes=nodes,
+        min_timestep=min_timestep,
+        margin=margin,
+        mid_gap=mid_gap,
+    )
+    words = random_integers(
+        (4,),
+        batch_size,
+        seed=seed,
+        iteration=iteration,
+        stream=stream,
+        purpose=Purpose.INTERVALS,
+        sample_offset=sample_offset,
+        device=device,
+    )
+    k = 1 + bounded(words[:, 0], num_steps)
+    # Selecting among constants instead of indexing a table: a table would have to be copied to the device first.
+    t_gen, t_mid = torch.zeros_like(k), torch.zeros_like(k)
+    for step, node in zip(range(num_steps, 0, -1), trajectory, strict=True):
+        t_gen = torch.where(k == step, node, t_gen)
+        t_mid = torch.where(k == step + 1, node + 1, t_mid)
+    if randmid:
+        t_mid = t_mid + bounded(words[:, 1], t_gen - mid_gap - t_mid)
+    low = t_mid.clamp(min=min_timestep)
+    high = t_gen - margin if separate else torch.full_like(t_gen, total_steps - margin)
+    return k, t_gen, t_mid, low + bounded(words[:, 2], high - low)
