@@ -53,11 +53,11 @@ class WFVAEWrapper(nn.Module):
 
         They are drawn from the posterior with `generator`, or its mean if not `sample_posterior`.
         """
-        latent_dist = self.vae.encode(x).latent_dist
+        (latent_dist,) = self.vae.encode(x, return_dict=False)
         z = latent_dist.sample(generator) if sample_posterior else latent_dist.mode()
         return (z - self.shift.to(z)) * self.scale.to(z)
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents `[B, C, T', H', W']` to video `[B, T, 3, H, W]`: frames before channels, contiguous."""
-        video = self.vae.decode(z / self.scale.to(z) + self.shift.to(z)).sample
+        (video,) = self.vae.decode(z / self.scale.to(z) + self.shift.to(z), return_dict=False)
         return video.transpose(1, 2).contiguous()

@@ -59,7 +59,7 @@ class HaarWaveletTransform3D(nn.Module):
             self.add_module(f"{name}_conv", conv)
 
     def forward(self, x: Tensor, stream: TemporalStream | None = None) -> Tensor:
-        kernel = bank([self.get_submodule(f"{name}_conv.conv").weight for name in BANDS_3D], x.shape[1])
+        kernel = bank([self.get_parameter(f"{name}_conv.conv.weight") for name in BANDS_3D], x.shape[1])
         return F.conv3d(causal_pad(self, x, 2, 2, stream), kernel, stride=2)
 
 

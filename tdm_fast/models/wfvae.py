@@ -305,8 +305,8 @@ class WFVAEModel(ModelMixin, ConfigMixin):
         """`[B, 3, T, H, W]` in [-1, 1] to `.latent_dist` (with `.sample(generator)`, `.mode()`, `.kl()`).
 
         Raises:
-            ValueError: if x is no RGB video, T is not 1 more than a multiple of the temporal stride, or H or W is not
-                a multiple of 8.
+            ValueError: if x is no RGB video of floating-point numbers, T is not 1 more than a multiple of the temporal
+                stride, or H or W is not a multiple of 8.
         """
         self._check_video(x)
         moments = self._encode_tiled(x) if self.use_tiling else self.encoder(x)
@@ -317,11 +317,11 @@ class WFVAEModel(ModelMixin, ConfigMixin):
         """Latents `[B, latent_dim, T', H', W']` to `.sample`, `[B, 3, stride * (T' - 1) + 1, 8 H', 8 W']`.
 
         Raises:
-            ValueError: if z has another number of dimensions or channels, or no frame.
+            ValueError: if z has another number of dimensions or channels, or an empty one.
         """
-        if z.ndim != 5 or z.shape[1] != self.config.latent_dim or not z.shape[2]:
+        if z.ndim != 5 or z.shape[1] != self.config.latent_dim or 0 in z.shape[2:]:
             raise ValueError(
-                f"z must be [B, {self.config.latent_dim}, T, H, W] with one latent frame or more, got {list(z.shape)}"
+                f"z must be [B, {self.config.latent_dim}, T, H, W] with no empty dimension, got {list(z.shape)}"
             )
         video = self._decode_tiled(z) if self.use_tiling else self.decoder(z)
         return DecoderOutput(sample=video) if return_dict else (video,)
@@ -330,13 +330,15 @@ class WFVAEModel(ModelMixin, ConfigMixin):
         self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
     ) -> tuple[Tensor, VideoGaussian]:
         """Reconstruction of `x` from a sample of its latents, or from their mean, and the latents' distribution."""
-        latent_dist = self.encode(x).latent_dist
+        (latent_dist,) = self.encode(x, return_dict=False)
         z = latent_dist.sample(generator) if sample_posterior else latent_dist.mode()
-        return self.decode(z).sample, latent_dist
+        return self.decode(z, return_dict=False)[0], latent_dist
 
     def _check_video(self, x: Tensor) -> None:
         if x.ndim != 5 or x.shape[1] != 3:
             raise ValueError(f"x must be [B, 3, T, H, W], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must hold floating-point numbers in [-1, 1], got {x.dtype}")
         frames, sizes = x.shape[2], {"height": x.shape[3], "width": x.shape[4]}
         stride = self.temporal_stride
         if frames % stride != 1:
