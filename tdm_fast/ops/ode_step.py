@@ -1,0 +1,134 @@
+"""The deterministic sub-step: from latents at t and the network's output there to latents at an earlier timestep."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdm_fast.ops import _dispatch
+from tdm_fast.ops._checks import one_per_sample, same_shape
+from tdm_fast.schedule import Schedule, compute_dtype, per_sample
+
+
+def ode_step(
+    sample: Tensor, model_output: Tensor, *, schedule: Schedule, t: Tensor, t_next: Tensor, backend: str | None = None
+) -> Tensor:
+    """Latents at `t_next` from `sample` at `t` and the network's raw output there (arXiv 2503.06674).
+
+        x0 = a * sample + b * model_output        eps = c * sample + d * model_output       (tables at t)
+        next = alpha * x0 + sigma * eps                                                     (tables at t_next)
+
+    `sample` and `model_output` are latents `[B, ...]` of any rank, strided or not, float32, bfloat16 or float16, also mixed
+    (float64 runs the definition); `t` and `t_next` int64 `[B]` on the same device; `t_next = -1` gives x0. Returns sample's
+    shape and dtype, contiguous, computed in float32. Differentiable in both latents, any number of times. A schedule on
+    another device is copied once. `backend` forces one of "cpp", "cuda", "triton", "torch".
+
+    Raises ValueError for shapes or dtypes other than these, a backend that cannot run here, and, on the CPU, timesteps
+    outside the schedule; on a GPU, where looking at them would stall it, those give NaN (a device assertion in "torch").
+    """
+    same_shape("model_output", model_output, "sample", sample)
+    for name, tensor in (("sample", sample), ("model_output", model_output)):
+        if tensor.dtype not in _LATENT_DTYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; latents are float32, bfloat16, float16 or float64")
+    for name, tensor in (("model_output", model_output), ("t", t), ("t_next", t_next)):
+        if tensor.device != sample.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on sample's device, {sample.device}")
+    one_per_sample("t", t, sample, integer=True)
+    one_per_sample("t_next", t_next, sample, integer=True)
+    here = schedule.to(sample.device)
+    tables = (here.a, here.b, here.c, here.d, here.alpha, here.sigma)
+    return _ode_step(sample, model_output, *tables, t, t_next, _dispatch.check_backend(backend))
+
+
+_LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _scales(tables: tuple[Tensor, ...], t: Tensor, t_next: Tensor, ndim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What sample and model_output are multiplied with, `[B, 1, ...]`."""
+    a, b, c, d = (table[t].to(dtype) for table in tables[:4])
+    only_x0, index = t_next < 0, t_next.clamp(min=0)
+    alpha, sigma = (table[index].to(dtype) for table in tables[4:])
+    sample_scale = torch.where(only_x0, a, alpha * a + sigma * c)
+    output_scale = torch.where(only_x0, b, alpha * b + sigma * d)
+    return per_sample(sample_scale, ndim), per_sample(output_scale, ndim)
+
+
+def _definition(sample: Tensor, model_output: Tensor, *tables_and_timesteps: Tensor) -> Tensor:
+    *tables, t, t_next = tables_and_timesteps
+    dtype = compute_dtype(sample, model_output)
+    sample_scale, output_scale = _scales(tuple(tables), t, t_next, sample.ndim, dtype)
+    result = sample_scale * sample.to(dtype) + output_scale * model_output.to(dtype)
+    return result.to(sample.dtype).contiguous()
+
+
+def _cpp(*tensors: Tensor) -> Tensor:
+    return torch.ops.tdm_fast_cpu.ode_step(*(tensor.contiguous() for tensor in tensors))
+
+
+def _cuda(*tensors: Tensor) -> Tensor:
+    return torch.ops.tdm_fast_cuda.ode_step(*(tensor.contiguous() for tensor in tensors))
+
+
+def _triton(*tensors: Tensor) -> Tensor:
+    # Imported when used: triton is optional, and reads TRITON_INTERPRET when its kernels are defined.
+    return importlib.import_module("tdm_fast.kernels.ode_step").ode_step(*(tensor.contiguous() for tensor in tensors))
+
+
+_dispatch.register("ode_step", {"torch": _definition, "cpp": _cpp, "cuda": _cuda, "triton": _triton})
+
+
+@torch.library.custom_op("tdm_fast::ode_step", mutates_args=())
+def _ode_step(
+    sample: Tensor,
+    model_output: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    backend: str,
+) -> Tensor:
+    if sample.device.type == "cpu":
+        _check_range("t", t, 0, a.shape[0])
+        _check_range("t_next", t_next, -1, a.shape[0])
+    # Only the definition computes in float64; choosing it quietly is no loss of speed anyone asked for.
+    is_double = compute_dtype(sample, model_output) == torch.float64
+    chosen = "torch" if is_double else _dispatch.choose("ode_step", sample.device.type, backend)
+    return _dispatch.implementation("ode_step", chosen)(sample, model_output, a, b, c, d, alpha, sigma, t, t_next)
+
+
+def _check_range(name: str, timesteps: Tensor, low: int, length: int) -> None:
+    if timesteps.numel() > 0 and (int(timesteps.min()) < low or int(timesteps.max()) >= length):
+        raise ValueError(f"{name} is {timesteps.tolist()}; timesteps must be from {low} to {length - 1} in this schedule")
+
+
+@_ode_step.register_fake
+def _(sample: Tensor, model_output: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(sample, memory_format=torch.contiguous_format)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    sample, model_output = inputs[:2]
+    ctx.save_for_backward(*inputs[2:10])
+    ctx.dtypes = sample.dtype, model_output.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Linear in both latents: each gradient is a per-sample factor times grad.
+    *tables, t, t_next = ctx.saved_tensors
+    dtype = torch.float64 if torch.float64 in ctx.dtypes else torch.float32
+    scales = _scales(tuple(tables), t, t_next, grad.ndim, dtype)
+    gradients = [
+        (scale * grad).to(wanted) if needed else None
+        for scale, wanted, needed in zip(scales, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    ]
+    return (*gradients, *[None] * 9)
+
+
+_ode_step.register_autograd(_backward, setup_context=_save_for_backward)
