@@ -4,8 +4,8 @@
     fake update   student once more, teacher (result unused), fake score              1 + 1 + 3 F
     student       student; teacher with the prompt, then without; fake score          3 + 2 + 1 F
 
-Its formulas are its own: it uses the schedule and the random words, but no op. It loops over samples where the demo does,
-and is the oracle of the tests and the baseline of the benchmarks. Signatures are those of `tdm_fast.distill`.
+Its formulas are its own: of this package it uses the schedule and the random words, but no op. It loops over samples
+where the demo does. It is the oracle of the tests and the baseline of the benchmarks; signatures are `distill`'s.
 """
 
 from __future__ import annotations
