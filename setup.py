@@ -4,15 +4,17 @@
     tdm_fast/_C_cuda.so    csrc/*.cpp + csrc/cuda/*.cu, where nvcc and a CUDA build of torch are
     tdm_fast/_build.json   for each of the three: "built", or why it was not
 
-Environment: TDM_FAST_BUILD=cpu|cuda|none builds the CPU library, both, or nothing, and fails when it cannot (unset: what the
-machine can build, the rest is left out with one warning). CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS as usual.
+Environment: TDM_FAST_BUILD=cpu|cuda|none builds the CPU library, both, or nothing, and fails when it cannot (unset:
+what the machine can build; the rest is left out, and what is missing is named). CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST
+and MAX_JOBS as usual.
 
-Why the compilers are called directly and torch is no build requirement: the sources use torch's stable ABI, which is a
-megabyte of headers and no more. With torch in build-system.requires, pip's isolated build would unpack a second torch of
-5 GB beside the one it installs (a minute, where fetching the headers takes two seconds), and torch.utils.cpp_extension would
-compile against headers that take nvcc several times as long. So the headers come from the torch that is importable, else from
-the one in the installing environment, else out of the wheel that the installation downloads anyway. Nothing of torch is
-needed for linking either: the libraries name libtorch_cpu.so as needed, and find it loaded.
+Why the compilers are called directly and torch is no build requirement: the sources use torch's stable ABI, which is
+a megabyte of headers and no more. With torch in build-system.requires, pip's isolated build would unpack a second
+torch of 5 GB beside the one it installs: a minute, where fetching the headers takes two seconds. And
+torch.utils.cpp_extension would give nvcc torch's headers, of which the kernels need none. So the headers come from
+the torch that is importable, else from the one in the installing environment, else out of the wheel that the
+installation downloads anyway. Nothing of torch is needed for linking either: the libraries name libtorch_cpu.so as
+needed, and find it loaded.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-lineinfo"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
-X86_FLAGS = {"default": [], "avx2": AVX2_FLAGS, "avx512": [*AVX2_FLAGS, *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl"))]}
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+X86_FLAGS = {"default": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
 # GCC 12's own AVX-512 headers set off these two.
 X86_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
@@ -75,37 +78,38 @@ class Result:
 def requested_build() -> str:
     build = os.environ.get("TDM_FAST_BUILD", "").strip().lower()
     if build not in ("", "cpu", "cuda", "none"):
-        raise SystemExit(f"TDM_FAST_BUILD is {build!r}; it takes cpu, cuda or none (unset: what this machine can build)")
+        raise SystemExit(f"TDM_FAST_BUILD is {build!r}; it takes cpu, cuda, none, or nothing")
     return build
 
 
 def find_torch(scratch: Path) -> Torch:
     """The stable ABI's headers: of an installed torch, else out of the wheel that pip would install."""
-    folders = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
-    for folder in folders:
+    for folder in [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), str(scratch)]:
         package = Path(folder or ".") / "torch"
         if (package / "version.py").is_file() and (package / "include/torch/csrc/stable").is_dir():
-            return _describe_torch(package / "include", (package / "version.py").read_text())
+            torch = describe_torch(package)
+            if tuple(int(part) for part in torch.version.split(".")[:2]) >= (2, 11):
+                return torch
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1"]
     done = subprocess.run([*command, "--dest", str(scratch), TORCH_REQUIREMENT], capture_output=True, text=True)
     wheels = list(scratch.glob("torch-*.whl"))
     if done.returncode != 0 or not wheels:
         last = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-        raise Missing(f"torch's headers: {TORCH_REQUIREMENT} is not installed here and pip could not fetch it ({last})")
+        raise Missing(f"torch's headers: {TORCH_REQUIREMENT} is not installed here, nor could pip fetch it ({last})")
+    prefixes = tuple(f"torch/include/torch/{folder}" for folder in HEADER_FOLDERS)
     with zipfile.ZipFile(wheels[0]) as wheel:
-        prefixes = tuple(f"torch/include/torch/{folder}" for folder in HEADER_FOLDERS)
-        wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(prefixes)])
-        version = wheel.read("torch/version.py").decode()
+        wheel.extractall(
+            scratch, [name for name in wheel.namelist() if name.startswith((*prefixes, "torch/version.py"))]
+        )
     wheels[0].unlink()
-    return _describe_torch(scratch / "torch/include", version)
+    return describe_torch(scratch / "torch")
 
 
-def _describe_torch(include: Path, version_py: str) -> Torch:
-    version = re.search(r"__version__ = '([^']+)'", version_py)
-    cuda = re.search(r"^cuda\b.*= '([^']+)'", version_py, re.MULTILINE)
-    if version is None or tuple(int(part) for part in version[1].split(".")[:2]) < (2, 11):
-        raise Missing(f"torch's headers: {include.parent} is not {TORCH_REQUIREMENT}")
-    return Torch(include, version[1], cuda[1] if cuda else None)
+def describe_torch(package: Path) -> Torch:
+    version_py = (package / "version.py").read_text()
+    version = re.search(r"__version__ = ['\"]([^'\"]+)", version_py)
+    cuda = re.search(r"^cuda\b.*= ['\"]([^'\"]+)", version_py, re.MULTILINE)
+    return Torch(package / "include", version[1] if version else "0.0", cuda[1] if cuda else None)
 
 
 def find_cxx() -> str:
@@ -135,14 +139,14 @@ def cuda_architectures(nvcc: str) -> list[str]:
     architectures = re.split(r"[;,\s]+", (named or CUDA_ARCHITECTURES).strip("; "))
     for architecture in architectures:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture):
-            raise Missing(f"a CUDA architecture named {architecture!r}: TORCH_CUDA_ARCH_LIST takes the like of 8.0;9.0+PTX")
+            raise Missing(f"a CUDA architecture {architecture!r}: TORCH_CUDA_ARCH_LIST takes the like of 8.0;9.0+PTX")
     if named:
         return architectures
     # An older nvcc does not know the newest default; PTX of the newest that it does know runs there all the same.
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = [a for a in architectures if f"compute_{_digits(a)}" in listing.split()]
     if not known:
-        raise Missing(f"a CUDA compiler for {CUDA_ARCHITECTURES}: {nvcc} knows none; name others in TORCH_CUDA_ARCH_LIST")
+        raise Missing(f"a CUDA compiler for {CUDA_ARCHITECTURES}: {nvcc} is none; name others in TORCH_CUDA_ARCH_LIST")
     return [*known[:-1], known[-1].removesuffix("+PTX") + "+PTX"]
 
 
@@ -187,7 +191,8 @@ def run_all(commands: Sequence[Sequence[str | Path]]) -> None:
 
 
 def compiler_version(command: str, line: int = 0) -> str:
-    return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True).stdout.splitlines()[line]
+    done = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True)
+    return done.stdout.splitlines()[line]
 
 
 def binding_commands(cxx: str, torch: Torch, objects: Path, key: str, flags: Sequence[str]) -> list[list[str | Path]]:
@@ -204,11 +209,13 @@ def link(cxx: str, objects: Sequence[Path], needed: Sequence[str], scratch: Path
     if platform.system() == "Darwin":
         run([*compiler, "-shared", "-undefined", "dynamic_lookup", *objects, "-o", target])
         return
-    # Empty stand-ins with torch's library names: the loader looks a name up among the libraries that `import torch` loaded.
+    # Empty stand-ins with torch's library names: at run time the loader finds the names among what `import torch`
+    # loaded.
     for name in needed:
-        run([*compiler, "-shared", "-x", "c", os.devnull, f"-Wl,-soname,lib{name}.so", "-o", scratch / f"lib{name}.so"])
-    names = [f"-l{name}" for name in needed]
-    run([*compiler, "-shared", *objects, f"-L{scratch}", "-Wl,--no-as-needed", *names, *flags, "-s", "-o", target])
+        soname = f"-Wl,-soname,lib{name}.so"
+        run([*compiler, "-shared", "-x", "c", os.devnull, soname, "-o", scratch / f"lib{name}.so"])
+    libraries = [f"-L{scratch}", "-Wl,--no-as-needed", *(f"-l{name}" for name in needed), *flags]
+    run([*compiler, "-shared", "-s", *objects, *libraries, "-Wl,--exclude-libs,ALL", "-o", target])
 
 
 def build_cpu(scratch: Path, target: Path) -> Result:
@@ -232,10 +239,12 @@ def build_cuda(scratch: Path, target: Path) -> Result:
     flags = [*NVCC_FLAGS, *gencode(architectures)]
     commands = binding_commands(cxx, torch, scratch, "CUDA", ["-DTDM_FAST_CUDA_LIBRARY", "-DUSE_CUDA"])
     for source in sorted((CSRC / "cuda").glob("*.cu")):
-        commands.append([nvcc, *flags, "-ccbin", shlex.split(cxx)[0], "-c", source, "-o", scratch / f"{source.stem}.cu.o"])
+        output = scratch / f"{source.stem}.cu.o"
+        commands.append([nvcc, *flags, "-ccbin", shlex.split(cxx)[0], "-c", source, "-o", output])
     run_all(commands)
     # The CUDA runtime goes in statically: then the library does not care which CUDA release torch brings.
-    runtime = [f"-L{folder}" for folder in _cuda_library_folders(nvcc)] + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    folders = [f"-L{folder}" for folder in _cuda_library_folders(nvcc)]
+    runtime = [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     link(cxx, [Path(c[-1]) for c in commands], ["torch_cpu", "torch_cuda"], scratch, target, *runtime)
     return Result(compiler_version(nvcc, line=-1), " ".join(flags), ";".join(architectures))
 
@@ -270,14 +279,14 @@ def build_info(target: Path, torch_headers: str, cpu: Result, cuda: Result) -> N
         "TORCH_TARGET": ".".join(str(int(TORCH_TARGET[i : i + 2], 16)) for i in (2, 4)),
     }
     cxx = find_cxx()
-    defines = [f'-DTDM_FAST_{name}="{value}"' for name, value in values.items()]
-    undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-s"]
-    includes = ["-isystem", include, "-isystem", pybind11.get_include()]
-    run([*shlex.split(cxx), *CXX_FLAGS, *defines, *includes, "-shared", CSRC / "build_info.cpp", *undefined, "-o", target])
+    flags = [*CXX_FLAGS, *(f'-DTDM_FAST_{name}="{value}"' for name, value in values.items())]
+    flags += ["-isystem", include, "-isystem", pybind11.get_include(), "-shared"]
+    flags += ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-s"]
+    run([*shlex.split(cxx), *flags, CSRC / "build_info.cpp", "-o", target])
 
 
 class BuildNative(build_ext):
-    """Builds all three into the package's folder: of the source tree when editable or in place, of the build otherwise."""
+    """Builds all three into the package's folder: the source tree's when editable or in place, else the build's."""
 
     def run(self) -> None:
         in_source = self.inplace or getattr(self, "editable_mode", False)
@@ -303,7 +312,8 @@ class BuildNative(build_ext):
                 self.status[name] = "built"
             except Missing as missing:
                 if build:
-                    raise SystemExit(f"tdm_fast: TDM_FAST_BUILD={build}, but the {name} library needs {missing}") from None
+                    message = f"tdm_fast: TDM_FAST_BUILD={build}, but the {name} library needs {missing}"
+                    raise SystemExit(message) from None
                 self.status[name] = f"the build needs {missing}"
         if not wanted or self.status["cpu"] != "built":
             self.status["build_info"] = "built with the cpu library only"
@@ -330,8 +340,8 @@ class BuildNative(build_ext):
 
 
 setup(
-    # tdm_fast/kernels is a link to kernels/ for runs from the source tree; the installed package gets the files themselves,
-    # also where links do not survive (archives, Windows).
+    # tdm_fast/kernels is a link to kernels/ for runs from the source tree; the installed package gets the files
+    # themselves, also where links do not survive.
     packages=sorted({*find_packages(ROOT, include=["tdm_fast", "tdm_fast.*"]), "tdm_fast.kernels"}),
     package_dir={"tdm_fast": "tdm_fast", "tdm_fast.kernels": "kernels"},
     # The sources are BuildNative's affair; the entry tells setuptools that the wheel is for this platform.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+import warnings
 
 import torch
 
@@ -61,31 +62,39 @@ def _print_build() -> None:
 
 
 def _print_ops() -> None:
-    """One block per op: what runs on each kind of tensor, and for every other backend why it does not."""
-    print("Ops: what runs")
+    """For each op what runs on each kind of tensor, and for every other backend why it does not."""
+    print("Ops")
     written = _dispatch.registered()
-    # A report is asked for, so the reasons are printed once below instead of being warned about.
     for op in ops.__all__:
         backends = written.get(op, ("torch",))
-        chosen = {device: _dispatch.choose(op, device) if op in written else "torch" for device in _device_types()}
-        print(f"  {op:<28} " + ", ".join(f"{device} tensors: {backend}" for device, backend in chosen.items()))
+        print(f"  {op:<29} " + ", ".join(f"{device} tensors run {_chosen(op, device)}" for device in _device_types()))
+        states: dict[str, list[str]] = {}
         for backend in _dispatch.BACKENDS:
-            print(f"    {backend:<8} {_state(backend, backends)}")
+            states.setdefault(_state(backend, backends), []).append(backend)
+        for state, names in states.items():
+            print(f"    {', '.join(names)}: {state}")
 
 
 def _device_types() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
+def _chosen(op: str, device: str) -> str:
+    if op not in _dispatch.registered():
+        return "torch"
+    with warnings.catch_warnings():
+        # The report itself says what these would.
+        warnings.simplefilter("ignore")
+        return _dispatch.choose(op, device)
+
+
 def _state(backend: str, written: tuple[str, ...]) -> str:
     if backend not in written:
         return "not written for this op"
-    reasons = {device: _dispatch.unavailable(backend, device) for device in _device_types()}
-    available = [device for device, reason in reasons.items() if reason is None]
+    available = [device for device in _device_types() if _dispatch.unavailable(backend, device) is None]
     if available:
         return f"available on {' and '.join(available)} tensors"
-    home = "cpu" if backend == "cpp" else "cuda"
-    reason = _dispatch.unavailable(backend, home)
-    command = _dispatch.INSTALL_COMMANDS.get(backend)
-    lacks_device = reason == _dispatch.NO_CUDA_DEVICE
-    return f"unavailable: {reason}" + ("" if lacks_device else f"; built by: {command}")
+    reason = _dispatch.unavailable(backend, "cpu" if backend == "cpp" else "cuda")
+    if reason == _dispatch.NO_CUDA_DEVICE:
+        return f"unavailable: {reason}"
+    return f"unavailable: {reason}; built by: {_dispatch.INSTALL_COMMANDS[backend]}"

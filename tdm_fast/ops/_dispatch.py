@@ -1,8 +1,8 @@
 """Which implementation of an op runs: chosen by device, forced by `backend=` or TDM_FAST_BACKEND, and reported.
 
 An op registers its implementations here, all with one signature. "torch" is its definition and always there. On CUDA
-tensors the order is cuda, triton, torch; on CPU tensors cpp, torch. An implementation that an op has, but this installation
-lacks, is named in one warning, with the command that builds it.
+tensors the order is cuda, triton, torch; on CPU tensors cpp, torch. An implementation that an op has, but this
+installation lacks, is named in one warning, with the command that builds it.
 """
 
 from __future__ import annotations
@@ -68,14 +68,15 @@ def _triton_missing() -> str | None:
 def choose(op: str, device_type: str, requested: str = "") -> str:
     """The backend that runs `op` on tensors of `device_type`.
 
-    `requested` (from `backend=`) is taken or refused: ValueError if the op or this installation lacks it. The environment
-    variable is a wish for all ops at once: where it cannot be met, one warning, and the automatic choice.
+    `requested` (from `backend=`) is taken or refused: ValueError if the op or this installation lacks it. The
+    environment variable is a wish for all ops at once: where it cannot be met, one warning, and the automatic choice.
     """
     written = _implementations[op]
     if requested:
         reason = unavailable(requested, device_type) if requested in written else f"{op} is not written for it"
         if reason is not None:
-            raise ValueError(f"backend={requested!r} cannot run {op} on {device_type} tensors: {reason}{_hint(requested)}")
+            where = f"{op} on {device_type} tensors"
+            raise ValueError(f"backend={requested!r} cannot run {where}: {reason}{_hint(requested)}")
         return requested
     wish = os.environ.get(ENVIRONMENT, "").strip().lower()
     if wish:

@@ -21,13 +21,14 @@ def ode_step(
         x0 = a * sample + b * model_output        eps = c * sample + d * model_output       (tables at t)
         next = alpha * x0 + sigma * eps                                                     (tables at t_next)
 
-    `sample` and `model_output` are latents `[B, ...]` of any rank, strided or not, float32, bfloat16 or float16, also mixed
-    (float64 runs the definition); `t` and `t_next` int64 `[B]` on the same device; `t_next = -1` gives x0. Returns sample's
-    shape and dtype, contiguous, computed in float32. Differentiable in both latents, any number of times. A schedule on
-    another device is copied once. `backend` forces one of "cpp", "cuda", "triton", "torch".
+    `sample` and `model_output` are latents `[B, ...]` of any rank, strided or not, float32, bfloat16 or float16, also
+    mixed (float64 runs the definition); `t` and `t_next` int64 `[B]` on the same device; `t_next = -1` gives x0.
+    Returns sample's shape and dtype, contiguous, computed in float32. Differentiable in both latents, any number of
+    times. A schedule on another device is copied once. `backend` forces one of "cpp", "cuda", "triton", "torch".
 
-    Raises ValueError for shapes or dtypes other than these, a backend that cannot run here, and, on the CPU, timesteps
-    outside the schedule; on a GPU, where looking at them would stall it, those give NaN (a device assertion in "torch").
+    Raises ValueError for shapes or dtypes other than these, a backend that cannot run here, and, on the CPU,
+    timesteps outside the schedule. On a GPU, where looking at them would stall it, those give NaN (in "torch" a
+    device assertion).
     """
     same_shape("model_output", model_output, "sample", sample)
     for name, tensor in (("sample", sample), ("model_output", model_output)):
@@ -46,7 +47,9 @@ def ode_step(
 _LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _scales(tables: tuple[Tensor, ...], t: Tensor, t_next: Tensor, ndim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scales(
+    tables: tuple[Tensor, ...], t: Tensor, t_next: Tensor, ndim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """What sample and model_output are multiplied with, `[B, 1, ...]`."""
     a, b, c, d = (table[t].to(dtype) for table in tables[:4])
     only_x0, index = t_next < 0, t_next.clamp(min=0)
@@ -105,7 +108,9 @@ def _ode_step(
 
 def _check_range(name: str, timesteps: Tensor, low: int, length: int) -> None:
     if timesteps.numel() > 0 and (int(timesteps.min()) < low or int(timesteps.max()) >= length):
-        raise ValueError(f"{name} is {timesteps.tolist()}; timesteps must be from {low} to {length - 1} in this schedule")
+        raise ValueError(
+            f"{name} is {timesteps.tolist()}; timesteps must be from {low} to {length - 1} in this schedule"
+        )
 
 
 @_ode_step.register_fake
