@@ -1,9 +1,11 @@
 """Open-Sora Plan v1.3's video transformer as a diffusers model.
 
-Constructor, state dict and call are those of the public ``OpenSoraT2V_v1_3``, so that its published weights load as they
-are. What differs on purpose: masks may be None (and then cost nothing), rotary angles are exact in half precision and
+Constructor, state dict and call are those of the public ``OpenSoraT2V_v1_3``, so that its published weights load as
+they are. What differs on purpose: masks may be None (and then cost nothing), rotary angles are exact in half precision,
 every axis has its own interpolation scale, and ``sparse1d=False`` works with any ``sparse_n``.
 """
+
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,6 +19,7 @@ from tdm_fast.models.opensora_layers import OpenSoraBlock, TokenLayout, keep_som
 
 # Blocks outside this range attend densely, whatever sparse1d says.
 FIRST_SPARSE_LAYER, LAST_SPARSE_LAYER = 2, 29
+ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 # Token grids whose tables are kept; training on many resolutions must not fill the memory with them.
 MAX_CACHED_LAYOUTS = 16
 
@@ -36,19 +39,19 @@ class PatchEmbed(nn.Module):
         return patches.flatten(2).transpose(1, 2).reshape(latents.shape[0], -1, patches.shape[1])
 
 
-class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):  # noqa: N801 (the public name; it is in every saved config)
+class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):
     """Text-to-video diffusion transformer of Open-Sora Plan v1.3.
 
-    The constructor's names and defaults are the public ones. ``hidden size = num_attention_heads * attention_head_dim``.
-    ``sample_size_*`` are only recorded; ``only_cross_attention``, ``double_self_attention`` and ``upcast_attention`` change
-    nothing in the original and change nothing here.
+    The constructor's names and defaults are the public ones. The hidden size d is
+    ``num_attention_heads * attention_head_dim``. ``sample_size_*`` are only recorded; ``only_cross_attention``,
+    ``double_self_attention`` and ``upcast_attention`` change nothing in the original and nothing here.
 
     Raises:
         ValueError: for sizes that are missing or cannot work (see the message).
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["OpenSoraBlock"]
+    _no_split_modules = ("OpenSoraBlock",)
 
     @register_to_config
     def __init__(
@@ -129,8 +132,9 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):  # noqa: N801 (the public name;
         embedder = self.adaln_single.emb.timestep_embedder
         for linear in (embedder.linear_1, embedder.linear_2, self.adaln_single.linear):
             nn.init.normal_(linear.weight, std=0.02)
-        for block in self.transformer_blocks:
-            nn.init.zeros_(block.attn2.to_out[0].weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("attn2.to_out.0.weight"):
+                nn.init.zeros_(parameter)
         nn.init.zeros_(self.proj_out.weight)
 
     def forward(
@@ -141,17 +145,19 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):  # noqa: N801 (the public name;
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
+        pooled_projections: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict from noisy latents.
 
         Args:
-            hidden_states: latents ``[B, C, T, H, W]``. An odd last row or column (in general: what is beyond the last whole
-                patch) is dropped, as in the original.
+            hidden_states: latents ``[B, C, T, H, W]``. An odd last row or column (in general: what is beyond the last
+                whole patch) is dropped, as in the original.
             timestep: ``[B]``, integer or fractional.
             encoder_hidden_states: text features ``[B, 1, L, caption_channels]``.
-            attention_mask: ``[B, T, H, W]``, nonzero = keep; a patch counts if any of its elements does. None: all count.
+            attention_mask: ``[B, T, H, W]``, nonzero = keep; a patch counts if any of its elements does. None: all do.
             encoder_attention_mask: ``[B, 1, L]``, nonzero = keep. None: all count.
             return_dict: return an object with ``.sample`` instead of a tuple.
+            pooled_projections: the public pipeline and trainer pass it; v1.3 does not use it.
 
         Returns:
             ``[B, out_channels, T, H', W']``, with H' and W' the sizes in whole patches.
@@ -225,7 +231,12 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):  # noqa: N801 (the public name;
     ) -> None:
         config = self.config
         shape = tuple(hidden_states.shape)
-        if len(shape) != 5 or shape[1] != config.in_channels or min(shape[3:]) < config.patch_size:
+        if (
+            len(shape) != 5
+            or shape[1] != config.in_channels
+            or min(shape[:3]) < 1
+            or min(shape[3:]) < config.patch_size
+        ):
             raise ValueError(
                 f"hidden_states has shape {shape}; expected [B, {config.in_channels}, T, H, W] with H and W at least "
                 f"the patch size {config.patch_size}"
@@ -234,7 +245,7 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):  # noqa: N801 (the public name;
         if tuple(timestep.shape) != (batch,):
             raise ValueError(f"timestep has shape {tuple(timestep.shape)}; expected [{batch}], one per sample")
         text = tuple(encoder_hidden_states.shape)
-        if len(text) != 4 or text[:2] != (batch, 1) or text[3] != config.caption_channels:
+        if len(text) != 4 or text[:2] != (batch, 1) or text[2] < 1 or text[3] != config.caption_channels:
             raise ValueError(
                 f"encoder_hidden_states has shape {text}; expected [{batch}, 1, L, {config.caption_channels}] "
                 f"(the model's caption_channels is {config.caption_channels})"
@@ -258,7 +269,7 @@ def _pool_mask(mask: Tensor, size: tuple[int, int, int], patch: int) -> Tensor:
     return keep.any(dim=5).any(dim=3).flatten(1)
 
 
-def _check_config(config, dim: int) -> None:
+def _check_config(config: Any, dim: int) -> None:
     """Refuse a configuration that cannot work."""
     for name in ("in_channels", "patch_size", "caption_channels"):
         if config[name] is None:
@@ -275,5 +286,11 @@ def _check_config(config, dim: int) -> None:
             f"cross_attention_dim is {config.cross_attention_dim}; captions are projected to the hidden size, so it "
             f"must be {dim} (num_attention_heads * attention_head_dim) or None"
         )
-    if config.sparse_n < 1:
-        raise ValueError(f"sparse_n is {config.sparse_n}; it must be at least 1")
+    for name in ("num_layers", "sparse_n"):
+        if config[name] < 1:
+            raise ValueError(f"{name} is {config[name]}; it must be at least 1")
+    for name in ("interpolation_scale_t", "interpolation_scale_h", "interpolation_scale_w"):
+        if not config[name] > 0:
+            raise ValueError(f"{name} is {config[name]}; positions are divided by it, it must be above 0")
+    if config.activation_fn not in ACTIVATIONS:
+        raise ValueError(f"activation_fn is {config.activation_fn!r}; it must be one of {', '.join(ACTIVATIONS)}")

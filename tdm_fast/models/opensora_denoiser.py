@@ -8,12 +8,12 @@ from tdm_fast.models.denoiser import Conditioning, Denoiser
 class OpenSoraDenoiser(Denoiser):
     """Denoiser around :class:`tdm_fast.models.OpenSoraT2V_v1_3` (or anything with its call).
 
-    Conditioning tensors: ``encoder_hidden_states [B, L, D]`` and, optionally, ``encoder_attention_mask [B, L]`` (1 = keep;
-    leave it out when every position counts: attention is faster without a mask).
+    Conditioning tensors: ``encoder_hidden_states [B, L, D]`` and, optionally, ``encoder_attention_mask [B, L]``
+    (1 = keep; leave it out when every position counts: attention is faster without a mask).
     """
 
     def call_model(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Raw output ``[B, C, T, H, W]`` for latents ``x_t [B, C, T, H, W]``; ``timestep [B]`` is what the model is told."""
+        """Raw output, shaped like the latents ``x_t [B, C, T, H, W]``; ``timestep [B]`` is what the model is told."""
         mask = conditioning.tensors.get("encoder_attention_mask")
         return self.model(
             x_t,

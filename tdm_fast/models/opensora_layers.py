@@ -41,7 +41,7 @@ def rotary_tables(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x [B, N, heads, head_dim]`` by the tables of :func:`rotary_tables`; computed in fp32, returned in x's dtype."""
+    """Turn ``x [B, N, heads, head_dim]`` by the tables of :func:`rotary_tables`: in fp32, returned in x's dtype."""
     first, second = x.unflatten(-1, (3, 2, x.shape[-1] // 6)).unbind(-2)
     partner = torch.stack((second, first), dim=-2).flatten(-3)  # on a CPU twice as fast as flip
     return torch.addcmul(x * cos, partner, sin).to(x.dtype)
@@ -51,7 +51,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class TokenLayout:
     """How one kind of layer arranges its tokens for self-attention, with the tables that follow that arrangement.
 
-    Skiparse splits N tokens into n = ``subsequences`` interleaved subsequences that attend within themselves. After zero
+    Skiparse splits N tokens into n = ``subsequences`` interleaved subsequences that attend within themselves. After
     padding to a multiple of n², token j belongs to subsequence ``j mod n``, or, if ``swapped``, to ``(j // n) mod n``.
     With j = (a·n + b)·n + c these are c and b: exchanging b and c turns the second rule into the first. The first needs
     no reordering at all, because a tensor ``[B, N, heads, head_dim]`` read as ``[B, N / n, n · heads, head_dim]`` is
@@ -106,7 +106,7 @@ class TokenLayout:
 
 
 def keep_something(keep: Tensor) -> Tensor:
-    """Where a row of ``keep [..., keys]`` keeps nothing, keep everything: a softmax over no key at all is not a number."""
+    """Where a row of ``keep [..., keys]`` keeps nothing, keep everything: a softmax over no key is not a number."""
     return keep | ~keep.any(dim=-1, keepdim=True)
 
 
@@ -153,7 +153,7 @@ class CrossAttention(Attention):
     """Attention of all video tokens to the text; in sparse layers too, where the original only repeats K and V."""
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """``x [B, N, d]``, ``text [B, L, d]``, ``mask`` bool ``[B, 1, 1, L]`` (True = keep) or None, to ``[B, N, d]``."""
+        """``x [B, N, d]``, ``text [B, L, d]``, ``mask`` bool ``[B, 1, 1, L]`` (True = keep) or None; ``[B, N, d]``."""
         per_head = (self.heads, x.shape[-1] // self.heads)
         query, key, value = (
             project(source).unflatten(-1, per_head)
@@ -186,7 +186,10 @@ class OpenSoraBlock(nn.Module):
     def forward(
         self, x: Tensor, text: Tensor, text_mask: Tensor | None, modulation: Tensor, layout: TokenLayout
     ) -> Tensor:
-        """``x [B, N, d]``, ``text [B, L, d]``, ``text_mask`` bool ``[B, 1, 1, L]`` or None, ``modulation [B, 6, d]``."""
+        """``x [B, N, d]``, ``text [B, L, d]``, ``text_mask`` bool ``[B, 1, 1, L]`` or None, ``modulation [B, 6, d]``.
+
+        A modulation's six parts are shift, scale, gate of the self-attention, then of the feed-forward.
+        """
         table = (self.scale_shift_table + modulation).unsqueeze(2)  # [B, 6, 1, d]
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.unbind(1)
         modulated = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
