@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -78,8 +80,7 @@ def test_normals_are_box_muller_in_float64() -> None:
 
 
 @pytest.mark.parametrize("draw", [randn, uniform])
-def test_a_number_depends_on_its_counter_alone(draw: object) -> None:
-    assert callable(draw)
+def test_a_number_depends_on_its_counter_alone(draw: Callable[..., torch.Tensor]) -> None:
     whole = draw(5, (2, 3), seed=1, iteration=4, stream=1)
     split = torch.cat(
         [
@@ -95,14 +96,21 @@ def test_a_number_depends_on_its_counter_alone(draw: object) -> None:
 
 
 def test_every_part_of_the_counter_and_both_halves_of_the_seed_matter() -> None:
-    base = {"seed": 1, "iteration": 2, "stream": 0, "purpose": Purpose.NOISE, "sample_offset": 0}
-    changes = [{}, {"seed": 2}, {"seed": 1 + 2**32}, {"iteration": 3}, {"stream": 1}, {"purpose": Purpose.RENOISE}]
+    base: dict[str, Any] = {"seed": 1, "iteration": 2, "stream": 0, "purpose": Purpose.NOISE, "sample_offset": 0}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"seed": 2},
+        {"seed": 1 + 2**32},
+        {"iteration": 3},
+        {"stream": 1},
+        {"purpose": Purpose.RENOISE},
+    ]
     changes += [{"sample_offset": 1000}, {"seed": -1}]
-    drawn = [random_integers((64,), 3, **{**base, **change}) for change in changes]  # type: ignore[arg-type]
+    drawn = [random_integers((64,), 3, **{**base, **change}) for change in changes]
     everything = torch.cat([values.flatten() for values in drawn])
     # 1536 words of 32 bits: a chance meeting has probability 3e-4; a shared counter would give dozens.
     assert len(everything.unique()) == len(everything)
-    negative = random_integers((64,), 3, **{**base, "seed": torch.tensor(-1)})  # type: ignore[arg-type]
+    negative = random_integers((64,), 3, **{**base, "seed": torch.tensor(-1)})
     assert torch.equal(negative, drawn[-1])
 
 

@@ -184,7 +184,7 @@ def test_from_scheduler_refuses_by_name() -> None:
         Schedule.from_scheduler(diffusers.EDMEulerScheduler())
     with pytest.raises(ValueError, match="scheduler is a str"):
         Schedule.from_scheduler("DDPM")
-    with pytest.raises(ValueError, match="mu is None.*is needed"):
+    with pytest.raises(ValueError, match=r"mu is None.*is needed"):
         Schedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
     with pytest.raises(ValueError, match=r"mu is 0\.5"):
         Schedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), mu=0.5)
@@ -196,18 +196,18 @@ def test_from_scheduler_refuses_by_name() -> None:
         Schedule.from_scheduler(diffusers.DDPMScheduler(beta_schedule="sigmoid"))
     with pytest.raises(ValueError, match="use_flow_sigmas with prediction_type 'epsilon'"):
         Schedule.from_scheduler(diffusers.UniPCMultistepScheduler(use_flow_sigmas=True))
-    with pytest.raises(ValueError, match="'epsilon'.*zero-terminal"):
+    with pytest.raises(ValueError, match=r"'epsilon'.*zero-terminal"):
         Schedule.from_scheduler(diffusers.DDPMScheduler(rescale_betas_zero_snr=True))
 
 
 def test_bad_arguments_name_themselves() -> None:
-    with pytest.raises(ValueError, match="prediction_type is 'noise'.*v_prediction"):
+    with pytest.raises(ValueError, match=r"prediction_type is 'noise'.*v_prediction"):
         Schedule.ddpm(prediction_type="noise")
     with pytest.raises(ValueError, match="prediction_type is 'flow'"):
         Schedule.ddpm(prediction_type="flow")
-    with pytest.raises(ValueError, match="'epsilon'.*zero-terminal"):
+    with pytest.raises(ValueError, match=r"'epsilon'.*zero-terminal"):
         Schedule.ddpm(prediction_type="epsilon", rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="beta_schedule is 'cosine'.*scaled_linear"):
+    with pytest.raises(ValueError, match=r"beta_schedule is 'cosine'.*scaled_linear"):
         Schedule.ddpm(beta_schedule="cosine")
     with pytest.raises(ValueError, match="betas are"):
         Schedule.ddpm(beta_end=1.5)
