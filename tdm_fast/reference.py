@@ -114,8 +114,7 @@ def fake_loss(
         mixed = _mixed_noise(schedule, eps, noise, t_mid, t)
         roles.teacher(noisy, t, conditioning)
     x0_fake, _ = schedule.predict(noisy, roles.fake(noisy, t, conditioning), t)
-    alpha, sigma = _alpha_sigma(schedule, t, x0)
-    weight = ((alpha / sigma) ** 2).flatten().clamp(max=config.snr_gamma)
+    weight = schedule.to(t.device).snr[t].to(x0.dtype).clamp(max=config.snr_gamma)
     if config.importance_weight:
         of_mixed, of_noise = ((value**2).flatten(1).mean(1) for value in (mixed, noise))
         weight = weight * (torch.exp(-0.5 * of_mixed) / torch.exp(-0.5 * of_noise))
