@@ -28,7 +28,7 @@ def _ode_step_kernel(
     chunks,
     BLOCK: tl.constexpr,
 ):
-    """result = (alpha a + sigma c) sample + (alpha b + sigma d) model_output, t_next = -1: a sample + b model_output."""
+    """result = (alpha a + sigma c) sample + (alpha b + sigma d) model_output, or x0 if t_next is -1."""
     program = tl.program_id(0)
     index = program // chunks
     t = tl.load(timesteps + index)
