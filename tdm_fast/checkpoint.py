@@ -1,0 +1,137 @@
+"""Save and resume: checkpoints are folders of safetensors, written beside their place and renamed when whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+STATE_FILE = "state.json"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; whatever was saved before is untouched."""
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    *,
+    keep: int | None = None,
+) -> Path:
+    """Write `folder/checkpoint-<step>` and return it; one of the same step is replaced, the newest `keep` stay.
+
+    Every group of tensors becomes one safetensors file, `meta` goes to `state.json`. The folder appears under its name
+    only when it is whole and on the disk, so that a reader never sees a torn one.
+    Raises SaveError when the disk is full or the folder cannot be written.
+    """
+    target = folder / f"checkpoint-{step}"
+    partial = folder / f".checkpoint-{step}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, tensors in groups.items():
+            packed = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+            _write(partial / f"{name}.safetensors", packed)
+        _write(partial / STATE_FILE, json.dumps({"step": step, **meta}, indent=2).encode())
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = latest_checkpoint(folder)
+        raise SaveError(
+            f"could not save {target}: {error.strerror or error}. "
+            + (f"The last whole checkpoint is {last}." if last else "No checkpoint had been saved before.")
+        ) from error
+    if keep is not None:
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read a folder written by `save_checkpoint`: (groups of tensors, meta).
+
+    Raises ValueError when the folder is no checkpoint or a file in it is damaged.
+    """
+    if not (path / STATE_FILE).is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
+        raise ValueError(f"{path} is not a checkpoint (no {STATE_FILE}; found: {found or 'an empty folder'})")
+    try:
+        meta = json.loads((path / STATE_FILE).read_text())
+        groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}); remove it to go on from the one before") from error
+    return groups, meta
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a folder, oldest step first."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None."""
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as flat tensors, `<parameter index>.<name>`; rates follow from the step and stay out."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, slots in state.items() for name, value in slots.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`, for an optimiser over the same parameters in the same order."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content in one step; raises SaveError, the old content intact, when it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(partial, data)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,99 @@
+"""The command `tdm-fast`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+
+USAGE = """usage: tdm-fast COMMAND [FLAGS]
+
+  train         distil a teacher into a few-step student
+  sample        make videos from prompts, with a student or a teacher
+  evaluate      measure a student or a teacher of tiny-shapes
+  make-teacher  train the bundled teacher from nothing
+  check         what is installed, what would run, and why the rest would not
+
+`tdm-fast COMMAND --help` lists a command's flags."""
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from tdm_fast.config import parse_train
+    from tdm_fast.train import train
+
+    train(parse_train(arguments))
+    return 0
+
+
+def _sample(arguments: Sequence[str]) -> int:
+    from tdm_fast.config import parse
+    from tdm_fast.sample import SampleConfig, sample
+
+    sample(parse(SampleConfig, arguments, prog="tdm-fast sample"))
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from tdm_fast.config import parse
+    from tdm_fast.evaluate import EvaluateConfig, evaluate
+
+    evaluate(parse(EvaluateConfig, arguments, prog="tdm-fast evaluate"))
+    return 0
+
+
+def _make_teacher(arguments: Sequence[str]) -> int:
+    from tdm_fast.config import parse
+    from tdm_fast.make_teacher import TeacherConfig, make_teacher
+
+    make_teacher(parse(TeacherConfig, arguments, prog="tdm-fast make-teacher"))
+    return 0
+
+
+def _check(arguments: Sequence[str]) -> int:
+    from tdm_fast.check import run_check
+
+    if arguments:
+        raise ValueError(f"check takes no flags, got {' '.join(arguments)}")
+    return run_check()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "make-teacher": _make_teacher,
+    "check": _check,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 after a user's mistake or a full disk, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(metadata.version("tdm-fast"))
+        return 0
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(f"tdm-fast: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return guarded(lambda: command(arguments[1:]))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Turn what a user can mend into one line and exit code 2; TDM_FAST_TRACEBACK=1 shows the whole traceback."""
+    from tdm_fast.checkpoint import SaveError
+
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("tdm-fast: stopped; the last whole checkpoint is intact", file=sys.stderr)
+        return 130
+    except (ValueError, SaveError, OSError) as error:
+        if os.environ.get("TDM_FAST_TRACEBACK") == "1":
+            raise
+        print(f"tdm-fast: {error}", file=sys.stderr)
+        return 2

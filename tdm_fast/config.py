@@ -1,0 +1,197 @@
+"""Typed configuration: one group of flags per concern, flat names, defaults from a YAML file, everything checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from tdm_fast.distill import TDMConfig
+
+BUNDLED_TEACHER = Path(__file__).parent / "assets" / "tiny-shapes"
+DEFAULTS_FILE = "train.yaml"
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What is distilled."""
+
+    model: Path = BUNDLED_TEACHER
+    """The teacher's folder; the bundled tiny-shapes teacher if none is named."""
+    prompts: Path | None = None
+    """UTF-8 text file, one prompt a line; the 144 prompts of tiny-shapes if none is named."""
+    negative_prompt: str = ""
+    """What the teacher's guidance leads away from."""
+
+
+@dataclass(kw_only=True)
+class OptimiserConfig:
+    """How it is trained. `learning_rate` is the fake score's, as in the public demo."""
+
+    max_train_steps: int = 500
+    """Iterations; each makes one fake-score update and one student update."""
+    train_batch_size: int = 32
+    """Samples of one iteration."""
+    learning_rate: float = 2e-5
+    """The fake score's learning rate."""
+    student_learning_rate: float | None = None
+    """The student's learning rate; a fifth of the fake score's if not given."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "cosine_with_restarts"
+    """The student's learning-rate schedule; the fake score's rate is constant."""
+    lr_warmup_steps: int = 50
+    """Iterations over which the student's rate rises from zero."""
+    max_grad_norm: float = 1.0
+    """The student's gradient is clipped to this norm."""
+    adam_beta1: float = 0.0
+    adam_beta2: float = 0.95
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    use_ema: bool = True
+    """Keep a moving average of the student and sample from it."""
+    ema_decay: float = 0.98
+    """Decay of that average per iteration."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where it goes and what is kept."""
+
+    output_dir: Path = Path("runs/tiny-shapes")
+    """The run's folder."""
+    checkpointing_steps: int = 50
+    """Iterations between two checkpoints."""
+    checkpoints_total_limit: int | None = 2
+    """How many of the newest checkpoints stay."""
+    resume_from_checkpoint: str = "latest"
+    """`latest` goes on from the folder's newest whole checkpoint if there is one; a checkpoint's folder; or `none`."""
+    validation_steps: int = 50
+    """Iterations between two sets of samples from fixed prompts and noise."""
+    num_eval_videos: int = 576
+    """Videos behind the student's numbers at the end; 0 leaves the evaluation out."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Flags of `tdm-fast train`. Defaults are the public demo's; a teacher's `train.yaml` may bring others."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tdm: TDMConfig = field(default_factory=TDMConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """Raise ValueError for a value that cannot work, naming the flag, the value and what would work."""
+        o, r = self.optimiser, self.run
+        for name, value, least in (
+            ("max_train_steps", o.max_train_steps, 1),
+            ("train_batch_size", o.train_batch_size, 1),
+            ("lr_warmup_steps", o.lr_warmup_steps, 0),
+            ("checkpointing_steps", r.checkpointing_steps, 1),
+            ("validation_steps", r.validation_steps, 1),
+            ("checkpoints_total_limit", r.checkpoints_total_limit, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: it takes a whole number from {least} up")
+        for name, rate in (
+            ("learning_rate", o.learning_rate),
+            ("student_learning_rate", o.student_learning_rate),
+            ("max_grad_norm", o.max_grad_norm),
+            ("adam_epsilon", o.adam_epsilon),
+        ):
+            if rate is not None and not 0 < rate < float("inf"):
+                raise ValueError(f"--{name} {rate}: it takes a finite number above 0")
+        for name, share in (
+            ("adam_beta1", o.adam_beta1),
+            ("adam_beta2", o.adam_beta2),
+            ("ema_decay", o.ema_decay),
+        ):
+            if not 0 <= share < 1:
+                raise ValueError(f"--{name} {share}: it takes a number from 0 to below 1")
+        if r.num_eval_videos != 0 and r.num_eval_videos < 64:
+            raise ValueError(f"--num_eval_videos {r.num_eval_videos}: it takes 0 (none) or at least 64")
+
+    def flat(self) -> dict[str, Any]:
+        """All flags by name, with plain values; what `config.yaml` in the run's folder holds."""
+        groups = (getattr(self, group.name) for group in dataclasses.fields(self))
+        values = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+        return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def parse(config: type[T], arguments: Sequence[str], *, prog: str, defaults: Path | None = None) -> T:
+    """Parse flags into a dataclass; a YAML file's values come first, so that flags override them.
+
+    Both go through one parser, so a wrong value is refused the same way wherever it stands. Exits with code 2 and a
+    message for unknown flags and values.
+    """
+    given = [*(_yaml_arguments(defaults) if defaults else ()), *arguments]
+    return tyro.cli(config, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))
+
+
+def parse_train(arguments: Sequence[str], *, prog: str = "tdm-fast train") -> TrainConfig:
+    """Flags of `train`; defaults from the YAML file `--config` names, else from the teacher folder's `train.yaml`."""
+    arguments = list(arguments)
+    file = _take(arguments, "--config")
+    model = Path(_peek(arguments, "--model") or BUNDLED_TEACHER)
+    defaults = Path(file) if file else model / DEFAULTS_FILE
+    if file and not defaults.is_file():
+        raise ValueError(f"--config {file}: no such file; it takes a YAML file with flags' names as keys")
+    config = parse(TrainConfig, arguments, prog=prog, defaults=defaults if defaults.is_file() else None)
+    config.check()
+    return config
+
+
+def _yaml_arguments(path: Path) -> list[str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: it takes a mapping from flags' names to values, got {type(values).__name__}")
+    arguments: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def _peek(arguments: list[str], flag: str) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(flag + "="):
+            return argument[len(flag) + 1 :]
+    return None
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    value = _peek(arguments, flag)
+    if value is not None:
+        i = next(i for i, argument in enumerate(arguments) if argument == flag or argument.startswith(flag + "="))
+        del arguments[i : i + (2 if arguments[i] == flag else 1)]
+    return value
+
+
+def fail(message: object) -> int:
+    """Print one line about what went wrong; the exit code of a user's mistake."""
+    print(f"tdm-fast: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,113 @@
+"""What a run shows at its end: numbers, table, and a picture and a video of teacher and student side by side."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdm_fast import tiny_shapes
+from tdm_fast.evaluate import (
+    FEW_STEPS,
+    METRICS_FILE,
+    NOISE_SEED,
+    TEACHER_STEPS,
+    load_evaluator,
+    load_reference,
+    measure,
+    measure_real,
+    measure_teacher,
+)
+from tdm_fast.models.loading import Pipeline
+from tdm_fast.sample import generate, trailing_timesteps
+from tdm_fast.text import PromptCache
+from tdm_fast.video import captioned, enlarge, grid, to_uint8, write_video
+
+NUM_SHOWN = 6
+NUM_TIMED = 48
+ROWS = ("real", "teacher", "teacher_few_step", "student")
+LABELS = {
+    "real": "real videos",
+    "teacher": "teacher",
+    "teacher_few_step": "teacher, few steps",
+    "student": "student",
+}
+
+
+def finish(output: Path, teacher: Pipeline, student: Pipeline, cache: PromptCache, num_videos: int) -> dict[str, Any]:
+    """Measure the student beside the teacher, write `comparison.png` and `comparison.mp4`; returns the table's rows.
+
+    A teacher without an evaluator in its folder is shown but not measured. The teacher's quality is what its folder
+    says it measured once; its seconds per video are measured here, so that all times are of this machine.
+    """
+    assert student.timesteps is not None
+    rows: dict[str, Any] = {}
+    guidances = {"teacher": 1.0, "teacher_few_step": 1.0, "student": 1.0}
+    evaluated = num_videos > 0 and (teacher.folder / "evaluator").is_dir()
+    if evaluated:
+        evaluator = load_evaluator(teacher.folder)
+        reference = load_reference(teacher.folder, evaluator)
+        file = teacher.folder / METRICS_FILE
+        known = json.loads(file.read_text()) if file.exists() else measure_teacher(teacher.folder)
+        tiny_cache = PromptCache.encode(tiny_shapes.all_prompts(), student.tokenizer, student.text_encoder)
+        rows["real"] = measure_real(evaluator, reference)
+        for name in ("teacher", "teacher_few_step"):
+            rows[name] = {key: value for key, value in known[name].items() if key != "sweep"}
+            guidances[name] = rows[name]["guidance"]
+        rows["student"] = measure(student, tiny_cache, evaluator, reference, student.timesteps, count=num_videos)
+    steps = {
+        "teacher": trailing_timesteps(TEACHER_STEPS, teacher.schedule.num_train_timesteps),
+        "teacher_few_step": trailing_timesteps(FEW_STEPS, teacher.schedule.num_train_timesteps),
+        "student": list(student.timesteps),
+    }
+    shown = [i * len(cache) // NUM_SHOWN for i in range(min(NUM_SHOWN, len(cache)))]
+    timed = (shown * NUM_TIMED)[:NUM_TIMED] if evaluated else shown
+    clips = {}
+    for name, timesteps in steps.items():
+        began = time.perf_counter()
+        pipeline = student if name == "student" else teacher
+        clips[name] = next(generate(pipeline, cache, timed, timesteps, guidance=guidances[name], seed=NOISE_SEED))
+        if evaluated:
+            rows[name]["seconds_per_video"] = round((time.perf_counter() - began) / len(timed), 4)
+    compare(
+        output, clips, {name: len(timesteps) for name, timesteps in steps.items()}, [cache.prompts[i] for i in shown]
+    )
+    if evaluated:
+        print(table(rows))
+    return rows
+
+
+def compare(output: Path, clips: Mapping[str, Tensor], steps: Mapping[str, int], prompts: Sequence[str]) -> None:
+    """`comparison.mp4` and `.png` (three frames): a column a prompt, a row a model, all from the same noise."""
+    rows = []
+    for name, videos in clips.items():
+        label = f"{LABELS[name].split(',')[0]}, {steps[name]} steps"
+        rows.append([enlarge(to_uint8(video), 2) for video in videos[: len(prompts)]])
+        rows[-1] = [captioned(frames, label if i == 0 else "") for i, frames in enumerate(rows[-1])]
+    rows[0] = [captioned(frames, prompt) for frames, prompt in zip(rows[0], prompts, strict=True)]
+    rows[1:] = [[captioned(frames, "") for frames in row] for row in rows[1:]]
+    frames = grid(rows)
+    write_video(output / "comparison.mp4", frames)
+    write_video(output / "comparison.png", torch.cat([frames[i] for i in (0, 8, 16)], dim=0)[None])
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| | network calls | guidance | Fréchet distance (95 % interval) | prompt accuracy | seconds per video |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ROWS:
+        row = rows[name]
+        low, high = row["frechet_ci"]
+        guidance = "" if row["guidance"] is None else f"{row['guidance']:g}"
+        lines.append(
+            f"| {LABELS[name]} | {row['nfe'] or ''} | {guidance} | {row['frechet']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {100 * row['prompt_accuracy']:.1f} % | {row['seconds_per_video']:.4f} |"
+        )
+    return "\n".join(lines)

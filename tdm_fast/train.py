@@ -1,0 +1,293 @@
+"""The training loop. `tdm-fast train` and `python -m tdm_fast.train` are the same."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from tdm_fast import cli, tiny_shapes
+from tdm_fast.checkpoint import (
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+    write_atomically,
+)
+from tdm_fast.config import OptimiserConfig, TrainConfig
+from tdm_fast.data import draw_prompts
+from tdm_fast.distill import Roles, draw, fake_loss, rollout, student_loss
+from tdm_fast.host import keep_memory, peak_memory
+from tdm_fast.models.denoiser import Denoiser
+from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
+from tdm_fast.philox import randn
+from tdm_fast.report import finish
+from tdm_fast.sample import generate
+from tdm_fast.text import PromptCache, fingerprint, read_prompts
+from tdm_fast.video import to_uint8, write_video
+
+VALIDATION_SEED = 2001
+NUM_VALIDATION_PROMPTS = 8
+# Flags that a resumed run may change: they decide when things happen, not what the weights become.
+FREE_FLAGS = {
+    "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
+    "num_eval_videos",
+}  # fmt: skip
+
+
+@dataclass
+class State:
+    """Everything that decides a run's future: two networks, the student's average, two optimisers, the iteration."""
+
+    roles: Roles
+    ema: dict[str, Tensor]
+    student_optimizer: torch.optim.AdamW
+    fake_optimizer: torch.optim.AdamW
+    student_rate: Callable[[int], float]
+    iteration: int = 0
+    seconds: float = 0.0
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint."""
+        return {
+            "student": dict(self.roles.student.model.named_parameters()),
+            "fake": dict(self.roles.fake.model.named_parameters()),
+            "ema": self.ema,
+            "student_optimizer": optimizer_tensors(self.student_optimizer),
+            "fake_optimizer": optimizer_tensors(self.fake_optimizer),
+        }
+
+    def restore(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+        """Inverse of `groups`."""
+        copy_weights(self.roles.student.model, groups["student"])
+        copy_weights(self.roles.fake.model, groups["fake"])
+        self.ema = groups["ema"]
+        load_optimizer_tensors(self.student_optimizer, groups["student_optimizer"])
+        load_optimizer_tensors(self.fake_optimizer, groups["fake_optimizer"])
+        self.iteration, self.seconds = int(meta["step"]), float(meta["seconds"])
+
+
+def make_state(teacher: Denoiser, config: OptimiserConfig) -> State:
+    """Student and fake score start as copies of the teacher; the teacher stays as it is."""
+    student, fake = (copy.deepcopy(teacher).requires_grad_(True).train() for _ in range(2))
+    rate = config.student_learning_rate or config.learning_rate / 5
+
+    def optimizer(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            network.parameters(),
+            lr=learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+        )
+
+    student_optimizer = optimizer(student, rate)
+    # Only the schedule's formula is wanted: a rate that is a function of the iteration needs no state to resume.
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer(student, rate),
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return State(
+        roles=Roles(student, teacher, fake),
+        ema={name: p.detach().clone() for name, p in student.model.named_parameters()},
+        student_optimizer=student_optimizer,
+        fake_optimizer=optimizer(fake, config.learning_rate),
+        student_rate=lambda iteration: rate * float(factor(iteration)),
+    )
+
+
+def train_step(state: State, cache: PromptCache, config: TrainConfig, latent_shape: tuple[int, ...]) -> dict[str, Any]:
+    """One iteration: a fake-score update, a student update, the average. Returns the row of `metrics.jsonl`."""
+    iteration, tdm, optimiser = state.iteration, config.tdm, config.optimiser
+    roles, batch = state.roles, optimiser.train_batch_size
+    conditioning = cache.batch(draw_prompts(len(cache), batch, seed=tdm.seed, iteration=iteration))
+    latents = randn(batch, latent_shape, seed=tdm.seed, iteration=iteration)
+    draws = draw(tdm, batch, iteration)
+    rolled = rollout(roles.student, latents, conditioning, roles.student.schedule, tdm, draws)
+
+    state.fake_optimizer.zero_grad()
+    loss_fake = fake_loss(roles, rolled, conditioning, tdm, draws, iteration)
+    loss_fake.backward()
+    state.fake_optimizer.step()
+
+    state.student_optimizer.zero_grad()
+    loss_student = student_loss(roles, rolled, conditioning, cache.negatives(1), tdm, draws, iteration)
+    loss_student.backward()
+    norm = nn.utils.clip_grad_norm_(roles.student.parameters(), optimiser.max_grad_norm)
+    rate = state.student_rate(iteration)
+    for group in state.student_optimizer.param_groups:
+        group["lr"] = rate
+    state.student_optimizer.step()
+
+    with torch.no_grad():
+        # A short run must not remember its start: the average is over as many iterations as there have been.
+        decay = min(optimiser.ema_decay, (1 + iteration) / (10 + iteration)) if optimiser.use_ema else 0.0
+        for name, parameter in roles.student.model.named_parameters():
+            state.ema[name].lerp_(parameter, 1 - decay)
+    state.iteration += 1
+    return {
+        "step": state.iteration,
+        "loss_fake": loss_fake.item(),
+        "loss_student": loss_student.item(),
+        "grad_norm": norm.item(),
+        "lr": rate,
+    }
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Distil a teacher; returns what `metrics.json` in the run's folder holds.
+
+    Raises ValueError for a configuration that cannot work, before any work begins, and SaveError when the run's folder
+    cannot be written, with the last whole checkpoint intact.
+    """
+    began = time.monotonic()
+    keep_memory()
+    output = config.run.output_dir
+    teacher = load_pipeline(config.model.model)
+    nodes = config.tdm.check(teacher.schedule)
+    cache = prompt_cache(config, teacher)
+    state = make_state(teacher.denoiser, config.optimiser)
+    resume(config, state)
+    write_atomically(output / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False).encode())
+
+    first, spent = state.iteration, state.seconds
+    student = copy.copy(teacher)
+    student.denoiser = copy.deepcopy(teacher.denoiser)
+    truncate_log(output / "metrics.jsonl", first)
+    total = config.optimiser.max_train_steps
+    with (
+        SummaryWriter(str(output / "tensorboard"), purge_step=first + 1) as board,
+        open(output / "metrics.jsonl", "a", buffering=1) as log,
+        tqdm(initial=first, total=total, desc="train", mininterval=1, disable=first >= total) as progress,
+    ):
+        while state.iteration < total:
+            step_began = time.monotonic()
+            row = train_step(state, cache, config, teacher.latent_shape)
+            row["seconds"] = round(time.monotonic() - step_began, 4)
+            log.write(json.dumps(row) + "\n")
+            for name in row.keys() - {"step"}:
+                board.add_scalar(name, row[name], row["step"])
+            progress.update()
+            progress.set_postfix(fake=f"{row['loss_fake']:.4f}", student=f"{row['loss_student']:.3f}", refresh=False)
+            done = state.iteration == total
+            if done or state.iteration % config.run.checkpointing_steps == 0:
+                state.seconds = spent + time.monotonic() - began
+                keep = config.run.checkpoints_total_limit
+                save_checkpoint(
+                    output, state.iteration, state.groups(), {"seconds": state.seconds, **identity(config)}, keep=keep
+                )
+            if done or state.iteration % config.run.validation_steps == 0:
+                copy_weights(student.denoiser.model, state.ema)
+                validate(student, cache, nodes, output / "samples" / f"step-{state.iteration:06d}.png")
+    copy_weights(student.denoiser.model, state.ema)
+    student.timesteps = tuple(nodes)
+    save_student(output / "student", student.denoiser.model, config.model.model, nodes)
+    metrics = finish(output, teacher, student, cache, config.run.num_eval_videos)
+    metrics |= {
+        "iterations": state.iteration,
+        "train_seconds": round(state.seconds, 1),
+        "peak_memory_bytes": peak_memory(),
+    }
+    write_atomically(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    return metrics
+
+
+def prompt_cache(config: TrainConfig, teacher: Pipeline) -> PromptCache:
+    """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
+    file = config.model.prompts
+    prompts = read_prompts(file) if file else tiny_shapes.all_prompts()
+    digest = fingerprint([str(config.model.model.resolve()), config.model.negative_prompt, *prompts])
+    path = config.run.output_dir / f"prompts-{digest}.safetensors"
+    if path.exists():
+        return PromptCache.load(path)
+    negative = config.model.negative_prompt
+    cache = PromptCache.encode(prompts, teacher.tokenizer, teacher.text_encoder, negative_prompt=negative)
+    cache.save(path)
+    return cache
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says of the run that it belongs to."""
+    return {"config": {name: value for name, value in config.flat().items() if name not in FREE_FLAGS}}
+
+
+def resume(config: TrainConfig, state: State) -> None:
+    """Load the checkpoint that `--resume_from_checkpoint` names into `state`."""
+    wanted, output = config.run.resume_from_checkpoint, config.run.output_dir
+    if wanted == "none":
+        if checkpoints(output):
+            raise ValueError(
+                f"--resume_from_checkpoint none, but {output} holds checkpoints of an earlier run, which would be lost;"
+                " name another --output_dir or remove the folder"
+            )
+        return
+    path = latest_checkpoint(output) if wanted == "latest" else Path(wanted)
+    if path is None:
+        return
+    groups, meta = load_checkpoint(path)
+    saved, mine = meta["config"], identity(config)["config"]
+    changed = [f"{name} was {saved.get(name)}, is {mine.get(name)}" for name in mine if saved.get(name) != mine[name]]
+    if changed:
+        raise ValueError(
+            f"{path} belongs to a run with another configuration ({'; '.join(changed)}); use its flags to go on with"
+            " it, or another --output_dir to start anew"
+        )
+    state.restore(groups, meta)
+    print(f"going on from {path}", file=sys.stderr)
+
+
+def truncate_log(path: Path, steps: int) -> None:
+    """Drop the rows of `metrics.jsonl` that a resumed run will write again."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # a kill can leave a torn last line
+                if json.loads(line)["step"] <= steps:
+                    rows.append(line)
+    write_atomically(path, "".join(row + "\n" for row in rows).encode())
+
+
+def validate(student: Pipeline, cache: PromptCache, nodes: list[int], path: Path) -> None:
+    """Sample fixed prompts from fixed noise; the picture has a row a prompt, a frame in four across."""
+    count = min(NUM_VALIDATION_PROMPTS, len(cache))
+    indices = [i * len(cache) // count for i in range(count)]
+    clips = next(generate(student, cache, indices, nodes, seed=VALIDATION_SEED))
+    write_video(path, torch.cat([to_uint8(clip)[::4] for clip in clips], dim=1))
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy named tensors into a model's parameters. Raises ValueError when they are another model's."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != weights.keys():
+        odd = sorted(parameters.keys() ^ weights.keys())
+        raise ValueError(f"the checkpoint is of another model: {len(odd)} weights differ, {odd[0]} first")
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m tdm_fast.train`, the same as `tdm-fast train`."""
+    return cli.main(["train", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
