@@ -37,7 +37,7 @@ class ShapesEvaluator(ModelMixin, ConfigMixin):
         strides = ((2, 2, 2), (1, 2, 2), (2, 2, 2), (1, 2, 2))
         layers: list[nn.Module] = []
         for (fan_in, fan_out), kernel, stride in zip(pairwise(widths), kernels, strides, strict=True):
-            padding = tuple(size // 2 for size in kernel)
+            padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
             layers += [nn.Conv3d(fan_in, fan_out, kernel, stride, padding), nn.GroupNorm(4, fan_out), nn.GELU()]
         self.convolutions = nn.Sequential(*layers)
         self.project = nn.Linear(4 * width * 5 * 4 * 4, feature_dim)
@@ -53,7 +53,7 @@ class ShapesEvaluator(ModelMixin, ConfigMixin):
         return Evaluation(features, tuple(head(hidden) for head in self.heads), self.start(hidden))
 
     def loss(self, videos: Tensor, attributes: Tensor, start: Tensor) -> Tensor:
-        """Training loss: cross-entropies of the attributes `[B, 4]` and squared error of the start `[B, 2]` in pixels."""
+        """Cross-entropies of the attributes int64 `[B, 4]` plus the squared error of the start `[B, 2]` in pixels."""
         evaluation = self(videos)
         loss = 20 * F.mse_loss(evaluation.start, start / RESOLUTION)
         for logits, target in zip(evaluation.logits, attributes.unbind(1), strict=True):

@@ -28,7 +28,7 @@ from tdm_fast.checkpoint import (
 )
 from tdm_fast.evaluator import ShapesEvaluator
 from tdm_fast.models import OpenSoraT2V_v1_3, WFVAEModel
-from tdm_fast.philox import Purpose, randn, uniform
+from tdm_fast.philox import Purpose, bounded, randn, random_integers
 from tdm_fast.schedule import Schedule
 from tdm_fast.text import PromptCache, word_tokenizer
 
@@ -49,7 +49,7 @@ class TeacherConfig:
     evaluator_steps: int = 1500
     text_steps: int = 300
     vae_steps: int = 4000
-    transformer_steps: int = 11000
+    transformer_steps: int = 9000
     num_latents: int = 144 * 128
     """Clips encoded once as the DiT's training set."""
     checkpoint_seconds: float = 60.0
@@ -194,7 +194,7 @@ def _text_encoder(config: TeacherConfig, work: Path, log: Path) -> PromptCache:
                 pad_token_id=0,
                 eos_token_id=1,
                 decoder_start_token_id=0,
-            )  # fmt: skip
+            )
         )
         heads = nn.ModuleList(nn.Linear(64, n) for n in tiny_shapes.CARDINALITIES)
         tokens = tokenizer(prompts, return_tensors="pt").input_ids
@@ -300,10 +300,10 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
     mask[null, len(cache.negative) :] = 0
 
     def loss(step: int) -> Tensor:
-        draw = uniform(batch, (3,), seed=config.seed + TRANSFORMER_SEED, iteration=step, purpose=Purpose.DATA)
-        chosen = (draw[:, 0] * len(latents)).long()
-        t = (draw[:, 1] * schedule.num_train_timesteps).long()
-        prompt = torch.where(draw[:, 2] < 0.1, null, tiny_shapes.PROMPT_STRIDE * chosen % tiny_shapes.NUM_PROMPTS)
+        words = random_integers((3,), batch, seed=config.seed + TRANSFORMER_SEED, iteration=step, purpose=Purpose.DATA)
+        chosen, t = bounded(words[:, 0], len(latents)), bounded(words[:, 1], schedule.num_train_timesteps)
+        shown = tiny_shapes.PROMPT_STRIDE * chosen % tiny_shapes.NUM_PROMPTS
+        prompt = torch.where(bounded(words[:, 2], 10) == 0, null, shown)
         x0 = latents[chosen]
         noise = randn(batch, x0.shape[1:], seed=config.seed + TRANSFORMER_SEED, iteration=step)
         noisy = schedule.add_noise(x0, noise, t)

@@ -50,7 +50,7 @@ class Pipeline:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """`(C, T, H, W)` of the latents that the transformer's config names as its own size."""
-        config = self.denoiser.model.config
+        config: Any = self.denoiser.model.config
         return (config.in_channels, config.sample_size_t, config.sample_size_h, config.sample_size_w)
 
 
