@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,44 @@ def save_checkpoint(
     Raises SaveError when the disk is full or the folder cannot be written.
     """
     target = folder / f"checkpoint-{step}"
-    partial = folder / f".checkpoint-{step}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, tensors in groups.items():
-            packed = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-            _write(partial / f"{name}.safetensors", packed)
-        _write(partial / STATE_FILE, json.dumps({"step": step, **meta}, indent=2).encode())
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        _sync(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with whole_folder(target) as partial:
+            for name, tensors in groups.items():
+                packed = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+                _write(partial / f"{name}.safetensors", packed)
+            _write(partial / STATE_FILE, json.dumps({"step": step, **meta}, indent=2).encode())
+    except SaveError as error:
         last = latest_checkpoint(folder)
-        raise SaveError(
-            f"could not save {target}: {error.strerror or error}. "
-            + (f"The last whole checkpoint is {last}." if last else "No checkpoint had been saved before.")
-        ) from error
+        where = f"The last whole checkpoint is {last}." if last else "No checkpoint had been saved before."
+        raise SaveError(f"{error}. {where}") from error
     if keep is not None:
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return target
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder to fill; it takes `folder`'s name and place when the block ends, and not a moment before.
+
+    Raises SaveError, `folder` as it was, when what the block writes does not fit the disk.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        # A folder cannot replace a full one in one step, and one that is being deleted must not be taken for whole.
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(f"could not write {folder}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -83,7 +83,7 @@ def finish(output: Path, teacher: Pipeline, student: Pipeline, cache: PromptCach
 
 
 def compare(output: Path, clips: Mapping[str, Tensor], steps: Mapping[str, int], prompts: Sequence[str]) -> None:
-    """`comparison.mp4` and `.png` (three frames): a column a prompt, a row a model, all from the same noise."""
+    """`comparison.mp4` and `.png` (first, middle and last frame): a column a prompt, a row a model, all from the same noise."""
     rows = []
     for name, videos in clips.items():
         label = f"{LABELS[name].split(',')[0]}, {steps[name]} steps"
@@ -93,7 +93,8 @@ def compare(output: Path, clips: Mapping[str, Tensor], steps: Mapping[str, int],
     rows[1:] = [[captioned(frames, "") for frames in row] for row in rows[1:]]
     frames = grid(rows)
     write_video(output / "comparison.mp4", frames)
-    write_video(output / "comparison.png", torch.cat([frames[i] for i in (0, 8, 16)], dim=0)[None])
+    shown = [frames[i] for i in (0, len(frames) // 2, -1)]
+    write_video(output / "comparison.png", torch.cat(shown, dim=0)[None])
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
