@@ -158,26 +158,36 @@ print(native.library_path("cpp").parent, x.shape, native.build_info()["torch_tar
 """
 
 
+def _copy_source(target: Path) -> Path:
+    target.mkdir()
+    ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def _environment(folder: Path) -> tuple[str, Path]:
+    """A virtual environment with everything that this one has, save tdm_fast; its Python and its site-packages."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin/python")
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site_packages = Path(subprocess.check_output([python, "-c", code], text=True).strip())
+    for entry in Path(setuptools.__file__).parents[1].iterdir():
+        own = site_packages / entry.name
+        if not own.exists() and entry.suffix != ".pth" and not entry.name.startswith(("tdm_fast", "__editable__")):
+            own.symlink_to(entry)
+    return python, site_packages
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
 def test_every_way_to_install(kind: str, tmp_path: Path) -> None:
-    """A fresh environment that sees this one's packages; the build is isolated, as pip does it by default."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
-        else:
-            shutil.copy(ROOT / name, source / name)
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = str(tmp_path / "venv/bin/python")
-    own = Path(
-        subprocess.check_output(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        ).strip()
-    )
-    (own / "these.pth").write_text(str(Path(setuptools.__file__).parents[1]) + "\n")
+    """In a fresh environment, the build isolated, as pip does it by default."""
+    source = _copy_source(tmp_path / "source")
+    python, site_packages = _environment(tmp_path / "venv")
     target = [str(source)]
     if kind == "sdist":
         code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
@@ -185,8 +195,8 @@ def test_every_way_to_install(kind: str, tmp_path: Path) -> None:
         target = [str(tmp_path / listing.splitlines()[-1])]
     elif kind == "editable":
         target = ["--editable", str(source)]
-    environment = {**os.environ, "TDM_FAST_BUILD": "cpu"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TDM_FAST_BUILD": "cpu"}
     subprocess.run([python, "-m", "pip", "install", "--no-deps", *target], check=True, cwd=tmp_path, env=environment)
-    used = subprocess.check_output([python, "-c", _USE], cwd=tmp_path, text=True)
-    package = source / "tdm_fast" if kind == "editable" else own / "tdm_fast"
+    used = subprocess.check_output([python, "-c", _USE], cwd=tmp_path, text=True, env=environment)
+    package = source / "tdm_fast" if kind == "editable" else site_packages / "tdm_fast"
     assert used == f"{package} torch.Size([2, 3]) 2.11\n"
