@@ -18,7 +18,7 @@ from tdm_fast import tiny_shapes
 from tdm_fast.checkpoint import write_atomically
 from tdm_fast.config import BUNDLED_TEACHER
 from tdm_fast.evaluator import ShapesEvaluator, all_correct, frechet_interval, moments
-from tdm_fast.models.loading import Pipeline, load_pipeline
+from tdm_fast.models.loading import Pipeline, check_weights, load_pipeline
 from tdm_fast.sample import choose_timesteps, generate, trailing_timesteps
 from tdm_fast.text import PromptCache
 
@@ -36,7 +36,8 @@ def load_evaluator(folder: Path) -> ShapesEvaluator:
     """The evaluation network of a teacher's folder. Raises ValueError when there is none."""
     if not (folder / "evaluator" / "config.json").is_file():
         raise ValueError(f"{folder}: no evaluator in it; evaluation takes a folder that `tdm-fast make-teacher` wrote")
-    return ShapesEvaluator.from_pretrained(folder / "evaluator").eval()
+    check_weights(folder / "evaluator")
+    return ShapesEvaluator.from_pretrained(folder / "evaluator", use_safetensors=True).eval()
 
 
 def load_reference(folder: Path, evaluator: ShapesEvaluator) -> tuple[Tensor, Tensor]:

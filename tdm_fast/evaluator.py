@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from tdm_fast.tiny_shapes import CARDINALITIES, RESOLUTION
+from tdm_fast.tiny_shapes import CARDINALITIES, NUM_FRAMES, RESOLUTION
 
 
 class Evaluation(NamedTuple):
@@ -47,7 +47,15 @@ class ShapesEvaluator(ModelMixin, ConfigMixin):
         self.start = nn.Linear(feature_dim, 2)
 
     def forward(self, videos: Tensor) -> Evaluation:
-        """Videos `[B, 3, 17, 64, 64]` in [-1, 1]; start is in pixels divided by the resolution."""
+        """Videos `[B, 3, 17, 64, 64]` in [-1, 1]; start is in pixels divided by the resolution.
+
+        Raises ValueError for videos of another size.
+        """
+        if videos.ndim != 5 or videos.shape[1:] != (3, NUM_FRAMES, RESOLUTION, RESOLUTION):
+            raise ValueError(
+                f"videos has shape {list(videos.shape)}; the evaluator of tiny-shapes takes"
+                f" [B, 3, {NUM_FRAMES}, {RESOLUTION}, {RESOLUTION}]"
+            )
         features = self.standardise(self.project(self.convolutions(videos).flatten(1)))
         hidden = F.gelu(features)
         return Evaluation(features, tuple(head(hidden) for head in self.heads), self.start(hidden))

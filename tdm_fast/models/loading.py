@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from tdm_fast.checkpoint import SaveError
+from tdm_fast.checkpoint import whole_folder
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.models.vae import WFVAEWrapper
@@ -62,8 +62,12 @@ def load_pipeline(folder: Path) -> Pipeline:
     check_folder(folder)
     parts = {name: _load(folder / name, cls) for name, cls in NETWORKS.items()}
     index = json.loads((folder / INDEX_FILE).read_text())
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    scheduler_class = getattr(diffusers, index["scheduler"][1], None)
+    if scheduler_class is None:
+        raise ValueError(f"{folder}: its scheduler is a {index['scheduler'][1]}, which diffusers does not know")
+    scheduler = scheduler_class.from_pretrained(folder / "scheduler")
     transformer = parts["transformer"].requires_grad_(False).eval()
+    check_sizes(folder, transformer.config, parts["vae"].config)
     width = parts["text_encoder"].config.d_model
     if width != transformer.config.caption_channels:
         raise ValueError(
@@ -92,17 +96,42 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: no {INDEX_FILE} in it (found: {found}); it takes a pipeline's folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / INDEX_FILE} is damaged: {error}") from error
-    missing = [name for name in PARTS if not any((folder / name).glob("*"))]
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder / INDEX_FILE} is damaged: it is no JSON object")
+    classes = {name: _class_name(index, name) for name in PARTS}
+    for name, cls in NETWORKS.items():
+        if classes[name] != cls.__name__:
+            found = f"its {name} is a {classes[name]}" if classes[name] else f"it has no {name}"
+            kind = index.get("_class_name", "model")
+            raise ValueError(f"{folder} holds a {kind}: {found}; this version takes a {cls.__name__} there")
+    missing = [name for name in PARTS if classes[name] is None or not any((folder / name).glob("*"))]
     if missing:
         raise ValueError(f"{folder} is half-written: {', '.join(missing)} missing; copy or make the folder again")
-    for name, cls in NETWORKS.items():
-        found = (index.get(name) or [None, None])[1]
-        if found != cls.__name__:
-            raise ValueError(f"{folder}: its {name} is a {found}; this version takes a {cls.__name__}")
-        _check_weights(folder / name)
+    for name in NETWORKS:
+        check_weights(folder / name)
 
 
-def _check_weights(folder: Path) -> None:
+def check_sizes(folder: Path, transformer: Any, vae: Any) -> None:
+    """Refuse latents that the transformer's patches cannot divide or the VAE cannot decode, from the two configs."""
+    patch = transformer.patch_size
+    for axis, unit in (("t", 1), ("h", patch), ("w", patch)):
+        size = transformer[f"sample_size_{axis}"]
+        if not isinstance(size, int) or size < 1 or size % unit:
+            below = size // unit * unit if isinstance(size, int) else 0
+            fitting = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+            raise ValueError(
+                f"{folder / 'transformer'}: sample_size_{axis} is {size}; latents come in whole patches of {unit},"
+                f" so {fitting} would do"
+            )
+    if transformer.in_channels != vae.latent_dim:
+        raise ValueError(
+            f"{folder}: the transformer takes latents of in_channels={transformer.in_channels} but the VAE decodes"
+            f" latent_dim={vae.latent_dim}; the two folders are not of one model"
+        )
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a network's folder that lacks its config or safetensors, or whose files are cut short."""
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is half-written: it takes config.json and weights as *.safetensors")
@@ -115,15 +144,21 @@ def _check_weights(folder: Path) -> None:
 
 
 def _load(folder: Path, cls: Any) -> Any:
-    model, info = (
-        cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False)
-        if cls is not T5EncoderModel
-        else cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    )
+    keywords = {} if cls is T5EncoderModel else {"low_cpu_mem_usage": False}
+    try:
+        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **keywords)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder}: its weights and config.json are not of one {cls.__name__}: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{folder}: {len(missing)} weights of {cls.__name__} are missing, {missing[0]} first")
     return model
+
+
+def _class_name(index: dict[str, Any], name: str) -> str | None:
+    """The class that a pipeline's index names for a part, or None."""
+    entry = index.get(name)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def save_student(folder: Path, transformer: nn.Module, teacher: Path, timesteps: Sequence[int]) -> None:
@@ -131,17 +166,9 @@ def save_student(folder: Path, transformer: nn.Module, teacher: Path, timesteps:
 
     Written beside and renamed when whole. Raises SaveError when it cannot be written.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(folder) as partial:
         for name in PARTS[1:]:
             shutil.copytree(teacher / name, partial / name)
         shutil.copy(teacher / INDEX_FILE, partial / INDEX_FILE)
         (partial / SAMPLER_FILE).write_text(json.dumps({"timesteps": list(timesteps)}) + "\n")
         transformer.save_pretrained(partial / "transformer")  # type: ignore[operator]
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise SaveError(f"could not write the student to {folder}: {error}") from error
