@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
@@ -85,15 +86,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(command: Callable[[], int]) -> int:
     """Turn what a user can mend into one line and exit code 2; TDM_FAST_TRACEBACK=1 shows the whole traceback."""
+    from safetensors import SafetensorError
+
     from tdm_fast.checkpoint import SaveError
 
+    threading.excepthook = _thread_failed
     try:
         return command()
     except KeyboardInterrupt:
         print("tdm-fast: stopped; the last whole checkpoint is intact", file=sys.stderr)
         return 130
-    except (ValueError, SaveError, OSError) as error:
+    except (ValueError, SaveError, OSError, SafetensorError) as error:
         if os.environ.get("TDM_FAST_TRACEBACK") == "1":
             raise
         print(f"tdm-fast: {error}", file=sys.stderr)
         return 2
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread meets a full disk first; the main thread meets it next, and says so in one line."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)

@@ -83,7 +83,7 @@ def finish(output: Path, teacher: Pipeline, student: Pipeline, cache: PromptCach
 
 
 def compare(output: Path, clips: Mapping[str, Tensor], steps: Mapping[str, int], prompts: Sequence[str]) -> None:
-    """`comparison.mp4` and `.png` (first, middle and last frame): a column a prompt, a row a model, all from the same noise."""
+    """`comparison.mp4` and `.png` (first, middle, last frame): a column a prompt, a row a model, the same noise."""
     rows = []
     for name, videos in clips.items():
         label = f"{LABELS[name].split(',')[0]}, {steps[name]} steps"

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import yaml
 from diffusers.optimization import get_scheduler
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tdm_fast import cli, tiny_shapes
 from tdm_fast.checkpoint import (
+    SaveError,
     checkpoints,
     latest_checkpoint,
     load_checkpoint,
@@ -168,35 +170,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     resume(config, state)
     write_atomically(output / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False).encode())
 
-    first, spent = state.iteration, state.seconds
     student = copy.copy(teacher)
     student.denoiser = copy.deepcopy(teacher.denoiser)
-    truncate_log(output / "metrics.jsonl", first)
-    total = config.optimiser.max_train_steps
-    with (
-        SummaryWriter(str(output / "tensorboard"), purge_step=first + 1) as board,
-        open(output / "metrics.jsonl", "a", buffering=1) as log,
-        tqdm(initial=first, total=total, desc="train", mininterval=1, disable=first >= total) as progress,
-    ):
-        while state.iteration < total:
-            step_began = time.monotonic()
-            row = train_step(state, cache, config, teacher.latent_shape)
-            row["seconds"] = round(time.monotonic() - step_began, 4)
-            log.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step"}:
-                board.add_scalar(name, row[name], row["step"])
-            progress.update()
-            progress.set_postfix(fake=f"{row['loss_fake']:.4f}", student=f"{row['loss_student']:.3f}", refresh=False)
-            done = state.iteration == total
-            if done or state.iteration % config.run.checkpointing_steps == 0:
-                state.seconds = spent + time.monotonic() - began
-                keep = config.run.checkpoints_total_limit
-                save_checkpoint(
-                    output, state.iteration, state.groups(), {"seconds": state.seconds, **identity(config)}, keep=keep
-                )
-            if done or state.iteration % config.run.validation_steps == 0:
-                copy_weights(student.denoiser.model, state.ema)
-                validate(student, cache, nodes, output / "samples" / f"step-{state.iteration:06d}.png")
+    try:
+        loop(config, state, cache, student, nodes, began)
+    except OSError as error:
+        last = latest_checkpoint(output)
+        where = f"the last whole checkpoint is {last}" if last else "no checkpoint had been saved before"
+        raise SaveError(f"could not write to {output}: {error.strerror or error}; {where}") from error
     copy_weights(student.denoiser.model, state.ema)
     student.timesteps = tuple(nodes)
     save_student(output / "student", student.denoiser.model, config.model.model, nodes)
@@ -210,6 +191,40 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return metrics
 
 
+def loop(
+    config: TrainConfig, state: State, cache: PromptCache, student: Pipeline, nodes: list[int], began: float
+) -> None:
+    """Iterate to the end, with log, TensorBoard, samples (made with `student`) and checkpoints."""
+    output, total = config.run.output_dir, config.optimiser.max_train_steps
+    first, spent = state.iteration, state.seconds
+    truncate_log(output / "metrics.jsonl", first)
+    with (
+        SummaryWriter(str(output / "tensorboard"), purge_step=first + 1) as board,
+        open(output / "metrics.jsonl", "a", buffering=1) as log,
+        tqdm(initial=first, total=total, desc="train", mininterval=1, disable=first >= total) as progress,
+    ):
+        while state.iteration < total:
+            step_began = time.monotonic()
+            row = train_step(state, cache, config, student.latent_shape)
+            row["seconds"] = round(time.monotonic() - step_began, 4)
+            log.write(json.dumps(row) + "\n")
+            for name in row.keys() - {"step"}:
+                board.add_scalar(name, row[name], row["step"])
+            progress.update()
+            progress.set_postfix(fake=f"{row['loss_fake']:.4f}", student=f"{row['loss_student']:.3f}", refresh=False)
+            done = state.iteration == total
+            # The picture first: a run killed between the two makes it again, and never goes on without it.
+            if done or state.iteration % config.run.validation_steps == 0:
+                copy_weights(student.denoiser.model, state.ema)
+                validate(student, cache, nodes, output / "samples" / f"step-{state.iteration:06d}.png")
+            if done or state.iteration % config.run.checkpointing_steps == 0:
+                state.seconds = spent + time.monotonic() - began
+                keep = config.run.checkpoints_total_limit
+                save_checkpoint(
+                    output, state.iteration, state.groups(), {"seconds": state.seconds, **identity(config)}, keep=keep
+                )
+
+
 def prompt_cache(config: TrainConfig, teacher: Pipeline) -> PromptCache:
     """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
     file = config.model.prompts
@@ -217,7 +232,8 @@ def prompt_cache(config: TrainConfig, teacher: Pipeline) -> PromptCache:
     digest = fingerprint([str(config.model.model.resolve()), config.model.negative_prompt, *prompts])
     path = config.run.output_dir / f"prompts-{digest}.safetensors"
     if path.exists():
-        return PromptCache.load(path)
+        with suppress(SafetensorError):  # a damaged cache is made again
+            return PromptCache.load(path)
     negative = config.model.negative_prompt
     cache = PromptCache.encode(prompts, teacher.tokenizer, teacher.text_encoder, negative_prompt=negative)
     cache.save(path)
@@ -243,7 +259,12 @@ def resume(config: TrainConfig, state: State) -> None:
     if path is None:
         return
     groups, meta = load_checkpoint(path)
-    saved, mine = meta["config"], identity(config)["config"]
+    saved, mine = meta.get("config"), identity(config)["config"]
+    absent = sorted(state.groups().keys() - groups.keys())
+    if saved is None or absent:
+        raise ValueError(
+            f"{path} is no checkpoint of a training run: it lacks {', '.join(absent) or 'its configuration'}"
+        )
     changed = [f"{name} was {saved.get(name)}, is {mine.get(name)}" for name in mine if saved.get(name) != mine[name]]
     if changed:
         raise ValueError(
