@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
@@ -25,6 +26,8 @@ from tdm_fast.checkpoint import (
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
+    whole_folder,
+    write_atomically,
 )
 from tdm_fast.evaluator import ShapesEvaluator
 from tdm_fast.models import OpenSoraT2V_v1_3, WFVAEModel
@@ -143,7 +146,7 @@ def make_teacher(config: TeacherConfig) -> None:
         "transformer": ["tdm_fast.models", "OpenSoraT2V_v1_3"],
         "vae": ["tdm_fast.models", "WFVAEModel"],
     }
-    (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_atomically(output / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
     if config.evaluate:
         from tdm_fast.evaluate import measure_teacher
 
@@ -170,8 +173,8 @@ def _evaluator(config: TeacherConfig, work: Path, log: Path) -> ShapesEvaluator:
         Stage("evaluator", model, loss, config.evaluator_steps, 3e-3, ema=0.99).run(
             work / "evaluator", log, config.checkpoint_seconds
         )
-        model.save_pretrained(folder)
-    return ShapesEvaluator.from_pretrained(folder).eval()
+        save_whole(model, folder)
+    return ShapesEvaluator.from_pretrained(folder, use_safetensors=True).eval()
 
 
 def _text_encoder(config: TeacherConfig, work: Path, log: Path) -> PromptCache:
@@ -208,9 +211,9 @@ def _text_encoder(config: TeacherConfig, work: Path, log: Path) -> PromptCache:
         Stage("text_encoder", nn.ModuleList([encoder, heads]), loss, config.text_steps, 1e-3, ema=0.9).run(
             work / "text_encoder", log, config.checkpoint_seconds
         )
-        tokenizer.save_pretrained(config.output_dir / "tokenizer")
-        encoder.save_pretrained(folder)
-    encoder = T5EncoderModel.from_pretrained(folder).eval()
+        save_whole(tokenizer, config.output_dir / "tokenizer")
+        save_whole(encoder, folder)
+    encoder = T5EncoderModel.from_pretrained(folder, use_safetensors=True).eval()
     return PromptCache.encode(prompts, tokenizer, encoder)
 
 
@@ -241,8 +244,8 @@ def _vae(config: TeacherConfig, work: Path, log: Path) -> WFVAEModel:
             latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in videos.split(16)])
         axes = (0, 2, 3, 4)
         vae.register_to_config(shift=latents.mean(axes).tolist(), scale=latents.std(axes).reciprocal().tolist())
-        vae.save_pretrained(folder)
-    return WFVAEModel.from_pretrained(folder).eval()
+        save_whole(vae, folder)
+    return WFVAEModel.from_pretrained(folder, use_safetensors=True).eval()
 
 
 def _vae_clips(batch: int, seed: int, step: int, *, whole: bool) -> Tensor:
@@ -268,9 +271,7 @@ def _latents(config: TeacherConfig, vae: WFVAEModel, path: Path) -> Tensor:
             count = min(48, config.num_latents - offset)
             videos, _, _ = tiny_shapes.sample_clips(count, seed=config.seed + LATENT_SEED, sample_offset=offset)
             rows.append(wrapper.encode(videos, sample_posterior=False))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(rows)}, path.with_suffix(".partial"))
-        path.with_suffix(".partial").rename(path)
+        write_atomically(path, save({"latents": torch.cat(rows)}))
     return load_file(path)["latents"]
 
 
@@ -283,7 +284,7 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
         prediction_type="v_prediction", rescale_betas_zero_snr=True,
         timestep_spacing="trailing", clip_sample=False,
     )  # fmt: skip
-    scheduler.save_pretrained(config.output_dir / "scheduler")
+    save_whole(scheduler, config.output_dir / "scheduler")
     schedule = Schedule.from_scheduler(scheduler)
     torch.manual_seed(config.seed)
     model = OpenSoraT2V_v1_3(
@@ -316,7 +317,13 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
     Stage("transformer", model, loss, config.transformer_steps, 1e-3, ema=0.999, weight_decay=0.01).run(
         work / "transformer", log, config.checkpoint_seconds
     )
-    model.save_pretrained(folder)
+    save_whole(model, folder)
+
+
+def save_whole(part: Any, folder: Path) -> None:
+    """`save_pretrained` into a folder that appears when it is whole: what is there, a resumed run takes for finished."""
+    with whole_folder(folder) as partial:
+        part.save_pretrained(partial)
 
 
 def _finished(folder: Path) -> bool:
