@@ -321,7 +321,7 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
 
 
 def save_whole(part: Any, folder: Path) -> None:
-    """`save_pretrained` into a folder that appears when it is whole: what is there, a resumed run takes for finished."""
+    """`save_pretrained` into a folder that appears when it is whole, because a resumed run takes it for finished."""
     with whole_folder(folder) as partial:
         part.save_pretrained(partial)
 
