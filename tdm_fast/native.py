@@ -34,7 +34,8 @@ def load_library(backend: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load under torch {torch.__version__}: {error}"
+        # torch's own text names the file only; what the loader said is the cause.
+        return f"{path.name} does not load under torch {torch.__version__}: {error.__cause__ or error}"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -343,7 +344,9 @@ def test_library_that_does_not_load_is_explained(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(native, "library_path", lambda backend: broken)
     native.load_library.cache_clear()
     try:
-        assert "broken.so does not load under torch" in str(native.load_library("cpp"))
+        assert re.search(
+            "broken.so does not load under torch .*: .*(too short|invalid)", str(native.load_library("cpp"))
+        )
     finally:
         monkeypatch.undo()
         native.load_library.cache_clear()
