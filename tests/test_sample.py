@@ -1,0 +1,203 @@
+"""Sampling: the trajectory against diffusers and float64, independence of batches, and the command's files."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+from tdm_fast import sample as module
+from tdm_fast.models.denoiser import Conditioning, count_forwards
+from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
+from tdm_fast.philox import randn
+from tdm_fast.sample import SampleConfig, best_guidance, choose_timesteps, generate, sample, sample_latents
+from tdm_fast.sample import trailing_timesteps as trailing
+from tdm_fast.text import PromptCache
+
+PROMPTS = ("a small red circle moving left", "a large blue square", "red")
+NODES = (899, 674, 449, 224)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_teacher: Path) -> Pipeline:
+    return load_pipeline(tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def cache(pipeline: Pipeline) -> PromptCache:
+    return PromptCache.encode(PROMPTS, pipeline.tokenizer, pipeline.text_encoder)
+
+
+@pytest.fixture
+def student(tiny_teacher: Path, tmp_path: Path) -> Path:
+    save_student(tmp_path / "student", load_pipeline(tiny_teacher).denoiser.model, tiny_teacher, NODES)
+    return tmp_path / "student"
+
+
+def ddim(pipeline: Pipeline, noise: Tensor, num_steps: int, cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
+    """The same trajectory by diffusers' scheduler, both conditionings in calls of their own."""
+    scheduler = DDIMScheduler.from_pretrained(pipeline.folder / "scheduler")
+    scheduler.set_timesteps(num_steps)
+    x = noise
+    for t in scheduler.timesteps:
+        outputs = [pipeline.denoiser.model(x, t.expand(len(x)), text[:, None])[0] for text in (cond, uncond)]
+        x = scheduler.step(outputs[1] + guidance * (outputs[0] - outputs[1]), t, x, eta=0.0).prev_sample
+    return x
+
+
+def plainly(
+    pipeline: Pipeline, noise: Tensor, timesteps: Sequence[int], cond: Tensor, uncond: Tensor, guidance: float
+) -> Tensor:
+    """The trajectory in float64 from the formulas: zero-terminal-SNR betas (arXiv 2305.08891), v-prediction, DDIM."""
+    model = copy.deepcopy(pipeline.denoiser.model).double()
+    root = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).sqrt()
+    alpha = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    sigma = (1 - alpha**2).sqrt()
+    x = noise.double()
+    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+        step = torch.full((len(x),), t)
+        a, b = (model(x, step, text[:, None].double(), return_dict=False)[0] for text in (cond, uncond))
+        v = b + guidance * (a - b)
+        x0, eps = alpha[t] * x - sigma[t] * v, sigma[t] * x + alpha[t] * v
+        x = x0 if t_next is None else alpha[t_next] * x0 + sigma[t_next] * eps
+    return x
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7, 50, 999, 1000])
+def test_timesteps_are_diffusers_trailing_ones(pipeline: Pipeline, num_steps: int) -> None:
+    scheduler = DDIMScheduler.from_pretrained(pipeline.folder / "scheduler")
+    scheduler.set_timesteps(num_steps)
+    assert trailing(num_steps, 1000) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 1001])
+def test_a_number_of_steps_that_does_not_exist_is_refused(num_steps: int) -> None:
+    with pytest.raises(ValueError, match=f"--num_steps {num_steps}: it takes 1 to 1000"):
+        trailing(num_steps, 1000)
+
+
+@pytest.mark.parametrize(("num_steps", "guidance"), [(4, 4.5), (20, 2.0), (5, 1.0), (1, 3.0)])
+@torch.no_grad()
+def test_guided_sampling_is_diffusers_ddim(
+    pipeline: Pipeline, cache: PromptCache, num_steps: int, guidance: float
+) -> None:
+    cond, uncond = cache.embeddings[0].expand(3, -1, -1), cache.negative.expand(3, -1, -1)
+    noise = randn(3, pipeline.latent_shape, seed=0)
+    ours = sample_latents(
+        pipeline.denoiser,
+        noise,
+        trailing(num_steps, 1000),
+        Conditioning({"encoder_hidden_states": cond}),
+        Conditioning({"encoder_hidden_states": uncond}),
+        guidance,
+    )
+    theirs = ddim(pipeline, noise, num_steps, cond, uncond, guidance)
+    exact = plainly(pipeline, noise, trailing(num_steps, 1000), cond, uncond, guidance)
+    scale = exact.abs().max()
+    error_ours, error_theirs = (float((x - exact).abs().max() / scale) for x in (ours, theirs))
+    # diffusers' tables are float32 throughout, ours come from float64; beyond that both are the network's own rounding.
+    assert error_theirs < 1e-3
+    assert error_ours < max(2 * error_theirs, 2e-5)
+    assert (ours - noise).abs().mean() > 0.1
+
+
+def test_guidance_of_1_runs_no_negative(pipeline: Pipeline, cache: PromptCache) -> None:
+    for guidance, samples in ((1.0, 3 * 2), (1.5, 3 * 4)):
+        with count_forwards(pipeline.denoiser) as count:
+            next(generate(pipeline, cache, [0, 1], [900, 500, 100], guidance=guidance))
+        assert (count.calls, count.samples) == (3, samples)
+
+
+def test_clips_do_not_depend_on_what_they_are_made_with(pipeline: Pipeline, cache: PromptCache) -> None:
+    indices = [0, 1, 2, 1, 0]
+    whole = torch.cat(list(generate(pipeline, cache, indices, NODES, guidance=2.0, seed=3)))
+    assert whole.shape == (5, 5, 3, 32, 32)
+    for batch_size in (1, 2, 3):
+        chunks = list(generate(pipeline, cache, indices, NODES, guidance=2.0, seed=3, batch_size=batch_size))
+        assert [len(chunk) for chunk in chunks[:-1]] == [batch_size] * (len(chunks) - 1)
+        torch.testing.assert_close(torch.cat(chunks), whole, rtol=1e-3, atol=1e-4)
+    assert (whole[0] - whole[4]).abs().mean() > 1e-2, "the same prompt, but other noise"
+    assert torch.equal(whole, torch.cat(list(generate(pipeline, cache, indices, NODES, guidance=2.0, seed=3))))
+    other = torch.cat(list(generate(pipeline, cache, indices, NODES, guidance=2.0, seed=4)))
+    assert (whole - other).abs().mean() > 1e-2
+
+
+def test_a_student_keeps_its_own_timesteps(pipeline: Pipeline, student: Path) -> None:
+    assert choose_timesteps(pipeline, None) == trailing(50, 1000)
+    assert choose_timesteps(pipeline, 3) == trailing(3, 1000)
+    loaded = load_pipeline(student)
+    assert choose_timesteps(loaded, None) == choose_timesteps(loaded, 4) == list(NODES)
+    for steps in (3, 0, 50):
+        with pytest.raises(ValueError, match=f"--num_steps {steps}: .*a student of 4 steps"):
+            choose_timesteps(loaded, steps)
+
+
+def test_the_measured_guidance_is_the_default(tiny_teacher: Path, tmp_path: Path, student: Path) -> None:
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    assert best_guidance(load_pipeline(folder), 50) == 1.0
+    metrics = '{"teacher": {"guidance": 1.5}, "teacher_few_step": {"guidance": 3}}'
+    (folder / "teacher_metrics.json").write_text(metrics)
+    assert (best_guidance(load_pipeline(folder), 50), best_guidance(load_pipeline(folder), 4)) == (1.5, 3.0)
+    (student / "teacher_metrics.json").write_text(metrics)
+    assert best_guidance(load_pipeline(student), 4) == 1.0
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_the_command_writes_what_its_name_says(
+    student: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "deep" / f"clip{suffix}"
+    sample(SampleConfig(prompt=PROMPTS[:2], model=student, output=output, seed=5))
+    size = (2 * (4 * 32 + 4), 16 + 4 * 32 + 4)  # two clips side by side, four times enlarged, captions above, gaps
+    if suffix == ".mp4":
+        with av.open(str(output)) as container:
+            frames = [(frame.width, frame.height) for frame in container.decode(video=0)]
+    else:
+        with Image.open(output) as image:
+            frames = [image.size] * getattr(image, "n_frames", 1)
+    assert frames == ([(5 * size[0], size[1])] if suffix == ".png" else [size] * 5)
+    assert f"{output}: 2 video(s), 4 steps, guidance 1" in capsys.readouterr().out
+
+
+def test_the_seed_decides(student: Path, tmp_path: Path) -> None:
+    pictures = []
+    for i, seed in enumerate((5, 5, 6)):
+        output = tmp_path / f"{i}.png"
+        sample(SampleConfig(prompt=PROMPTS[:1], model=student, output=output, seed=seed))
+        pictures.append(output.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_words_that_the_model_does_not_know_are_named(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample(SampleConfig(prompt=("a small orange Circle moving left fast",), model=student, output=tmp_path / "a.png"))
+    assert "vocabulary lacks fast, orange;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"output": Path("clip.avi")}, "--output clip.avi: it takes a name that ends in"),
+        ({"prompt": ()}, "--prompt: it takes at least one"),
+        ({"prompt": ("red", " ")}, "--prompt: it takes at least one prompt, none of them empty"),
+        ({"num_steps": 0}, "--num_steps 0: it takes 1 to 1000"),
+        ({"model": Path("no/such/folder")}, "no/such/folder: no such folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_network_runs(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object], says: str
+) -> None:
+    monkeypatch.setattr(module, "sample_latents", lambda *_: pytest.fail("a network ran"))
+    given = {"prompt": ("red",), "model": tiny_teacher, "output": tmp_path / "clip.png", **values}
+    with pytest.raises(ValueError, match=says):
+        sample(SampleConfig(**given))
+    assert not any(tmp_path.iterdir())
