@@ -78,12 +78,13 @@ def measure_real(
 
 
 def _real_features(evaluator: ShapesEvaluator, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    offsets = range(0, count, tiny_shapes.NUM_PROMPTS)
-    clips = [
-        tiny_shapes.sample_clips(min(tiny_shapes.NUM_PROMPTS, count - offset), seed=seed, sample_offset=offset)[:2]
-        for offset in offsets
-    ]
-    return assess((video for video, _ in clips), evaluator, torch.cat([attributes for _, attributes in clips]))
+    size = tiny_shapes.NUM_PROMPTS
+    attributes = tiny_shapes.sample_paths(count, seed=seed)[0]
+    videos = (
+        tiny_shapes.sample_clips(min(size, count - offset), seed=seed, sample_offset=offset)[0]
+        for offset in range(0, count, size)
+    )
+    return assess(videos, evaluator, attributes)
 
 
 def measure(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ from tdm_fast.checkpoint import (
     whole_folder,
     write_atomically,
 )
+from tdm_fast.config import DEFAULTS_FILE
 from tdm_fast.evaluator import ShapesEvaluator
+from tdm_fast.host import keep_memory
 from tdm_fast.models import OpenSoraT2V_v1_3, WFVAEModel
 from tdm_fast.philox import Purpose, bounded, randn, random_integers
 from tdm_fast.schedule import Schedule
@@ -39,6 +42,17 @@ from tdm_fast.text import PromptCache, word_tokenizer
 EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED = 1, 2, 3, 4
 # The share of the VAE's steps that see a window of the clip; it is convolutional but for an attention within frames.
 VAE_CROPS = 0.92
+# What `tdm-fast train` starts from with this teacher; the public demo's own values are for far larger networks.
+TRAIN_DEFAULTS = {
+    "max_train_steps": 200,
+    "train_batch_size": 32,
+    "learning_rate": 2e-4,
+    "student_learning_rate": 4e-5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 10,
+    "ema_decay": 0.98,
+    "cfg": 2.0,
+}
 
 
 @dataclass(kw_only=True)
@@ -129,6 +143,7 @@ class Stage:
 
 def make_teacher(config: TeacherConfig) -> None:
     """Run every stage whose result is not there yet; the result is a folder laid out as diffusers pipelines are."""
+    keep_memory()
     output = config.output_dir
     work = output / "work"
     output.mkdir(parents=True, exist_ok=True)
@@ -146,6 +161,7 @@ def make_teacher(config: TeacherConfig) -> None:
         "transformer": ["tdm_fast.models", "OpenSoraT2V_v1_3"],
         "vae": ["tdm_fast.models", "WFVAEModel"],
     }
+    write_atomically(output / DEFAULTS_FILE, yaml.safe_dump(TRAIN_DEFAULTS, sort_keys=False).encode())
     write_atomically(output / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
     if config.evaluate:
         from tdm_fast.evaluate import measure_teacher
