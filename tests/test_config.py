@@ -11,12 +11,14 @@ import yaml
 from tdm_fast.config import TrainConfig, parse_train
 from tdm_fast.distill import TDMConfig
 
-DEMO = (
+# As the public demo is called.
+COMMAND_LINE = (
     "--use_huber --use_separate --total_steps 900 --cfg 4.5 --max_train_steps 10 --train_batch_size 2 "
     "--learning_rate 2e-5 --lr_scheduler cosine_with_restarts --lr_warmup_steps 50 --max_grad_norm 1 "
     "--checkpointing_steps 5 --checkpoints_total_limit 2 --resume_from_checkpoint latest --output_dir x --seed 3 "
     "--use_randmid --use_ema"
-).split()
+)
+DEMO = COMMAND_LINE.split()
 
 
 @pytest.fixture

@@ -1,0 +1,375 @@
+"""The training loop: the same run however often it is killed, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from safetensors.torch import load_file, load_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from tdm_fast import train as module
+from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
+from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
+from tdm_fast.distill import TDMConfig
+from tdm_fast.models import OpenSoraT2V_v1_3
+from tdm_fast.models.loading import load_pipeline
+from tdm_fast.sample import SampleConfig, sample
+from tdm_fast.train import make_state, train, train_step
+
+STEPS = 12
+COMMAND_LINE = (
+    "--max_train_steps 12 --train_batch_size 3 --num_eval_videos 0 --checkpointing_steps 3 --validation_steps 5 "
+    "--lr_warmup_steps 2 --learning_rate 1e-3 --use_randmid"
+)
+FLAGS = COMMAND_LINE.split()
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of `metrics.jsonl` without timings."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+    parsed = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in parsed]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Everything in the last checkpoint and in the student's folder, by name."""
+    groups, meta = load_checkpoint(latest_checkpoint(folder))
+    tensors = {f"{group}/{name}": tensor for group in groups for name, tensor in groups[group].items()}
+    student = load_file(folder / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    return {**tensors, **student, "step": torch.tensor(meta["step"])}
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert rows(first) == rows(second)
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    pictures = [sorted((folder / "samples").iterdir()) for folder in (first, second)]
+    assert [path.name for path in pictures[0]] == [path.name for path in pictures[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*pictures, strict=True))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_teacher: Path, start_command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("run") / "whole"
+    flags = [*FLAGS, "--checkpoints_total_limit", "None"]
+    command = start_command("train", "--model", tiny_teacher, "--output_dir", output, *flags)
+    assert command.wait() == 0, command.errors()
+    return output
+
+
+@pytest.fixture
+def config(tiny_teacher: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(model=tiny_teacher),
+        tdm=TDMConfig(num_steps=2, seed=4),
+        optimiser=OptimiserConfig(max_train_steps=4, train_batch_size=2, learning_rate=1e-3, lr_warmup_steps=1),
+        run=RunConfig(output_dir=tmp_path / "run", checkpointing_steps=2, validation_steps=100, num_eval_videos=0),
+    )
+
+
+def moved(config: TrainConfig, output: Path, **run: object) -> TrainConfig:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=output, **run))
+
+
+def test_a_run_leaves_what_it_should(finished: Path, tiny_teacher: Path) -> None:
+    log = rows(finished)
+    assert [row["step"] for row in log] == list(range(1, STEPS + 1))
+    for row in log:
+        assert {"loss_fake", "loss_student", "grad_norm", "lr"} <= row.keys()
+        assert all(torch.isfinite(torch.tensor(value)) for value in row.values())
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    for name in ("loss_fake", "loss_student"):
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx({row["step"]: row[name] for row in log}, rel=1e-6)
+    assert [path.name for path in sorted((finished / "samples").iterdir())] == [
+        f"step-{step:06d}.png" for step in (5, 10, 12)
+    ]
+    with Image.open(finished / "samples" / "step-000012.png") as picture:
+        assert picture.size == (2 * 32, 8 * 32)  # two of the five frames, eight prompts
+    assert [path.name for path in checkpoints(finished)] == [f"checkpoint-{step}" for step in (3, 6, 9, 12)]
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["iterations"] == STEPS and metrics["train_seconds"] > 0
+    assert metrics["peak_memory_bytes"] > 100e6
+    assert (finished / "comparison.png").stat().st_size and (finished / "comparison.mp4").stat().st_size
+    assert parse_train(["--config", str(finished / "config.yaml")]) == parse_train(
+        ["--model", str(tiny_teacher), "--output_dir", str(finished), "--checkpoints_total_limit", "None", *FLAGS]
+    )
+    assert not list(finished.rglob(".*"))
+
+
+def test_the_student_has_moved_and_is_the_average(finished: Path, tiny_teacher: Path) -> None:
+    tensors = weights(finished)
+    teacher = dict(load_pipeline(tiny_teacher).denoiser.model.named_parameters())
+    for name, parameter in teacher.items():
+        student, fake, ema = (tensors[f"{group}/{name}"] for group in ("student", "fake", "ema"))
+        assert torch.equal(tensors[name], ema)
+        # A name that ends in k_proj.bias or the like may have no gradient: softmax does not see it.
+        if "bias" not in name:
+            assert not torch.equal(student, parameter) and not torch.equal(fake, student), name
+            assert not torch.equal(ema, student), name
+
+
+def test_the_students_folder_alone_is_enough_to_sample(
+    finished: Path, tiny_teacher: Path, start_command: Any, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    run, output = tmp_path / "run", tmp_path / "clip.png"
+    flags = ["--max_train_steps", 1, "--train_batch_size", 1, "--num_eval_videos", 0]
+    command = start_command("train", "--model", teacher, "--output_dir", run, *flags)
+    assert command.wait() == 0, command.errors()
+    student = shutil.copytree(run / "student", tmp_path / "elsewhere")
+    shutil.rmtree(teacher)
+    shutil.rmtree(run)
+    command = start_command("sample", "--model", student, "--prompt", "a small red circle", "--output", output)
+    assert command.wait() == 0, command.errors()
+    assert "4 steps" in command.stdout.read_text() and output.is_file()
+
+
+def test_a_run_that_is_killed_and_started_again_is_the_same_run(
+    finished: Path, tiny_teacher: Path, start_command: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = ("train", "--model", tiny_teacher, "--output_dir", output, *FLAGS)
+    moments = sorted(random.SystemRandom().uniform(0, STEPS) for _ in range(3))
+    print(f"killed after {moments} iterations")  # what pytest shows when this fails
+    for moment in moments:
+        command = start_command(*arguments)
+        before = time.monotonic()
+        wait_for(lambda: len(rows(output)) >= int(moment) or not command.process.is_alive())  # noqa: B023
+        iteration = (time.monotonic() - before) / max(1, int(moment))
+        time.sleep(min(1.0, iteration) * (moment % 1))
+        command.process.kill()
+        assert command.wait() in (-signal.SIGKILL, 0)
+    last = start_command(*arguments)
+    assert last.wait() == 0, last.errors()
+    assert_same_run(finished, output)
+    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, output))
+    assert ours["iterations"] == theirs["iterations"] and ours.keys() == theirs.keys()
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    assert {event.step for event in events.Scalars("loss_fake")} <= set(range(1, STEPS + 1))
+
+
+def test_ctrl_c_is_one_line_and_code_130(
+    finished: Path, tiny_teacher: Path, start_command: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = ("train", "--model", tiny_teacher, "--output_dir", output, *FLAGS)
+    command = start_command(*arguments)
+    wait_for(lambda: latest_checkpoint(output) is not None)
+    os.kill(command.process.pid, signal.SIGINT)
+    assert command.wait() == 130
+    errors = command.errors()
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-1] == "tdm-fast: stopped; the last whole checkpoint is intact"
+    load_checkpoint(latest_checkpoint(output))
+    assert start_command(*arguments).wait() == 0
+    assert_same_run(finished, output)
+
+
+@pytest.mark.parametrize(
+    ("file_limit", "flags", "says"),
+    [
+        (100_000, [], "could not write .*/checkpoint-6: File too large. The last whole checkpoint is .*/checkpoint-3"),
+        (15_000, [], "could not write to .*: File too large; the last whole checkpoint is .*/checkpoint-3"),
+        (1500, ["--checkpointing_steps", 100, "--validation_steps", 100], "could not write to .*/checkpoint-3"),
+    ],
+    ids=["checkpoint", "picture", "log"],
+)
+def test_files_that_cannot_grow_leave_the_last_checkpoint_intact(
+    finished: Path,
+    tiny_teacher: Path,
+    start_command: Any,
+    tmp_path: Path,
+    file_limit: int,
+    flags: list[object],
+    says: str,
+) -> None:
+    """The kernel refuses to let a file grow, as it does on a full disk; only the error's name is another."""
+    output = Path(shutil.copytree(finished, tmp_path / "run"))
+    for later in checkpoints(output)[1:]:
+        shutil.rmtree(later)
+    saved = {path: path.read_bytes() for path in (output / "checkpoint-3").iterdir()}
+    arguments = ("train", "--model", tiny_teacher, "--output_dir", output, *FLAGS, *flags)
+    command = start_command(*arguments, file_limit=file_limit)
+    assert command.wait() == 2
+    errors = command.errors()
+    assert "Traceback" not in errors and re.search(f"^tdm-fast: {says}", errors.strip().splitlines()[-1]), errors
+    assert saved == {path: path.read_bytes() for path in (output / "checkpoint-3").iterdir()}
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-3"]
+
+
+def test_two_and_two_iterations_are_four(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, halves = moved(config, tmp_path / "whole"), moved(config, tmp_path / "halves")
+    train(whole)
+
+    def interrupted(state: module.State, *arguments: Any) -> dict[str, Any]:
+        if state.iteration == 3:
+            raise KeyboardInterrupt
+        return train_step(state, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(halves)
+    assert [row["step"] for row in rows(tmp_path / "halves")] == [1, 2, 3]
+    assert [path.name for path in checkpoints(tmp_path / "halves")] == ["checkpoint-2"]
+    train(halves)
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+    again = moved(config, tmp_path / "again", checkpointing_steps=1, checkpoints_total_limit=1)
+    train(again)
+    assert_same_run(tmp_path / "whole", tmp_path / "again")
+    before = {path: path.read_bytes() for path in (tmp_path / "again").glob("*/checkpoint-*/*.safetensors")}
+    train(again)  # nothing left to do
+    assert before == {path: path.read_bytes() for path in before}
+    assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_checkpoint_of_another_run_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    short = dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, max_train_steps=1))
+    train(short)
+    saved = {path: path.read_bytes() for path in short.run.output_dir.rglob("*") if path.is_file()}
+    other = dataclasses.replace(
+        short,
+        tdm=dataclasses.replace(short.tdm, cfg=2.0, use_huber=False),
+        optimiser=dataclasses.replace(short.optimiser, learning_rate=2e-3),
+    )
+    with pytest.raises(ValueError) as error:
+        train(other)
+    for part in (
+        "checkpoint-1 belongs to a run with another configuration",
+        "cfg was 4.5, is 2.0",
+        "use_huber was True, is False",
+        "learning_rate was 0.001, is 0.002",
+        "another --output_dir",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match=r"--resume_from_checkpoint none, but .* holds checkpoints of an earlier run"):
+        train(moved(short, short.run.output_dir, resume_from_checkpoint="none"))
+    with pytest.raises(ValueError, match=r"elsewhere is not a checkpoint \(no state.json; found: no such folder\)"):
+        train(moved(short, tmp_path / "new", resume_from_checkpoint=str(tmp_path / "elsewhere")))
+    stage = tmp_path / "stage"
+    shutil.copytree(short.run.output_dir / "checkpoint-1", stage)
+    (stage / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match="stage is no checkpoint of a training run: it lacks ema"):
+        train(moved(short, tmp_path / "new", resume_from_checkpoint=str(stage)))
+    assert saved == {path: path.read_bytes() for path in saved}
+    # What does not decide the weights may change.
+    train(moved(short, short.run.output_dir, checkpointing_steps=7, validation_steps=9))
+
+
+def test_a_run_can_go_on_from_a_checkpoint_elsewhere(config: TrainConfig, tmp_path: Path) -> None:
+    train(moved(config, tmp_path / "whole", checkpoints_total_limit=None))
+    train(moved(config, tmp_path / "fork", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
+    assert rows(tmp_path / "fork") == rows(tmp_path / "whole")[2:]
+    ours, theirs = weights(tmp_path / "fork"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
+    train(config)
+    newest = latest_checkpoint(config.run.output_dir)
+    file = newest / "student_optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"checkpoint {newest} is damaged .*; remove it to go on from the one before"):
+        train(config)
+    shutil.rmtree(newest)
+    train(config)
+    assert latest_checkpoint(config.run.output_dir) == newest
+
+
+def test_prompts_of_ones_own_are_encoded_once(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\n")
+    config.model = dataclasses.replace(config.model, prompts=file, negative_prompt="white")
+    teacher = load_pipeline(config.model.model)
+    first = module.prompt_cache(config, teacher)
+    assert first.prompts == ("a red circle", "a blue square") and len(first.negative) == 2
+    cached = list(config.run.output_dir.glob("prompts-*.safetensors"))
+    assert len(cached) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(module.PromptCache, "encode", lambda *_, **__: pytest.fail("encoded again"))
+        assert torch.equal(module.prompt_cache(config, teacher).negative, first.negative)
+    cached[0].write_bytes(cached[0].read_bytes()[:-5])
+    assert torch.equal(module.prompt_cache(config, teacher).negative, first.negative)
+    file.write_text("a green triangle\n")
+    assert module.prompt_cache(config, teacher).prompts == ("a green triangle",)
+
+
+def test_one_iteration(config: TrainConfig) -> None:
+    """Teacher untouched; fake and student stepped once each, the rates and the average as they should be."""
+    teacher = load_pipeline(config.model.model)
+    frozen = {name: p.clone() for name, p in teacher.denoiser.model.named_parameters()}
+    cache = module.prompt_cache(config, teacher)
+    state = make_state(teacher.denoiser, config.optimiser)
+    average = {name: p.double() for name, p in frozen.items()}
+    for step in range(1, 4):
+        row = train_step(state, cache, config, teacher.latent_shape)
+        assert row["step"] == state.iteration == step
+        decay = min(config.optimiser.ema_decay, step / (9 + step))
+        for name, parameter in state.roles.student.model.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * parameter.detach().double()
+    for name, parameter in teacher.denoiser.model.named_parameters():
+        assert torch.equal(parameter, frozen[name]) and parameter.grad is None
+        torch.testing.assert_close(state.ema[name].double(), average[name], rtol=1e-5, atol=1e-6)
+    assert [group["lr"] for group in state.fake_optimizer.param_groups] == [1e-3]
+    without = dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, use_ema=False))
+    train_step(state, cache, without, teacher.latent_shape)
+    for name, parameter in state.roles.student.model.named_parameters():
+        assert torch.equal(state.ema[name], parameter)
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"])
+def test_the_students_rate_is_the_named_schedule(tiny_teacher: Path, name: str) -> None:
+    teacher = load_pipeline(tiny_teacher).denoiser
+    config = OptimiserConfig(lr_scheduler=name, lr_warmup_steps=3, max_train_steps=9, student_learning_rate=0.5)
+    state = make_state(teacher, config)
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.5)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=9)
+    for iteration in range(9):
+        assert state.student_rate(iteration) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_students_network_loads_as_the_public_class(finished: Path) -> None:
+    model = OpenSoraT2V_v1_3.from_pretrained(finished / "student" / "transformer")
+    assert model.config.num_layers == 3
+    load_model(model, finished / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_students_samples_are_those_of_its_average(finished: Path, tmp_path: Path) -> None:
+    sample(SampleConfig(prompt=("red circle",), model=finished / "student", output=tmp_path / "a.png"))
+    assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_steps", 7), ("total_steps", 20), ("total_steps", 1100)])
+def test_intervals_without_room_are_refused(name: str, value: int, config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match=name):
+        train(dataclasses.replace(config, tdm=dataclasses.replace(config.tdm, **{name: value})))
+    assert not config.run.output_dir.exists()
