@@ -86,6 +86,17 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_teacher(tmp_path_factory.mktemp("teacher"), frames=2, size=4)
 
 
+@pytest.fixture(scope="session")
+def tiny_shapes_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of the size of tiny-shapes, with an evaluator, all of random weights; to be read only."""
+    from tdm_fast.evaluator import ShapesEvaluator
+
+    folder = build_teacher(tmp_path_factory.mktemp("shapes"), frames=5, size=8)
+    torch.manual_seed(0)
+    ShapesEvaluator(width=4, feature_dim=6).save_pretrained(folder / "evaluator")
+    return folder
+
+
 @dataclass
 class Command:
     """A running command, and the files that its output goes to."""
