@@ -28,7 +28,7 @@ from tdm_fast.sample import generate, trailing_timesteps
 from tdm_fast.text import PromptCache
 from tdm_fast.video import captioned, enlarge, grid, to_uint8, write_video
 
-NUM_SHOWN = 6
+NUM_SHOWN, NUM_PICTURED = 6, 3
 NUM_TIMED = 48
 ROWS = ("real", "teacher", "teacher_few_step", "student")
 LABELS = {
@@ -65,7 +65,8 @@ def finish(output: Path, teacher: Pipeline, student: Pipeline, cache: PromptCach
         "teacher_few_step": trailing_timesteps(FEW_STEPS, teacher.schedule.num_train_timesteps),
         "student": list(student.timesteps),
     }
-    shown = [i * len(cache) // NUM_SHOWN for i in range(min(NUM_SHOWN, len(cache)))]
+    # Five more each time, so that with tiny-shapes no attribute stays the same across the picture.
+    shown = [(i * len(cache) // NUM_SHOWN + 5 * i) % len(cache) for i in range(min(NUM_SHOWN, len(cache)))]
     timed = (shown * NUM_TIMED)[:NUM_TIMED] if evaluated else shown
     clips = {}
     for name, timesteps in steps.items():
@@ -83,18 +84,26 @@ def finish(output: Path, teacher: Pipeline, student: Pipeline, cache: PromptCach
 
 
 def compare(output: Path, clips: Mapping[str, Tensor], steps: Mapping[str, int], prompts: Sequence[str]) -> None:
-    """`comparison.mp4` and `.png` (first, middle, last frame): a column a prompt, a row a model, the same noise."""
-    rows = []
-    for name, videos in clips.items():
-        label = f"{LABELS[name].split(',')[0]}, {steps[name]} steps"
-        rows.append([enlarge(to_uint8(video), 2) for video in videos[: len(prompts)]])
-        rows[-1] = [captioned(frames, label if i == 0 else "") for i, frames in enumerate(rows[-1])]
-    rows[0] = [captioned(frames, prompt) for frames, prompt in zip(rows[0], prompts, strict=True)]
-    rows[1:] = [[captioned(frames, "") for frames in row] for row in rows[1:]]
-    frames = grid(rows)
-    write_video(output / "comparison.mp4", frames)
-    shown = [frames[i] for i in (0, len(frames) // 2, -1)]
-    write_video(output / "comparison.png", torch.cat(shown, dim=0)[None])
+    """`comparison.mp4`, a column a prompt, and `comparison.png`, its first prompts at three times; a row a model."""
+    names = {name: f"{LABELS[name].split(',')[0]}, {steps[name]} steps" for name in clips}
+    videos = {name: [enlarge(to_uint8(clip), 3) for clip in clips[name][: len(prompts)]] for name in clips}
+    write_video(output / "comparison.mp4", _labelled(videos, names, prompts))
+    stills = {
+        name: [grid([[clip[i][None] for i in (0, len(clip) // 2, -1)]], gap=1) for clip in row[:NUM_PICTURED]]
+        for name, row in videos.items()
+    }
+    write_video(output / "comparison.png", _labelled(stills, names, prompts[:NUM_PICTURED]))
+
+
+def _labelled(rows: Mapping[str, Sequence[Tensor]], names: Mapping[str, str], prompts: Sequence[str]) -> Tensor:
+    """Rows of clips uint8 `[T, H, W, 3]` to one clip: the model's name above a row's first, the prompts on top."""
+    named = [
+        [captioned(clip, names[name] if column == 0 else "") for column, clip in enumerate(clips)]
+        for name, clips in rows.items()
+    ]
+    named[0] = [captioned(clip, prompt) for clip, prompt in zip(named[0], prompts, strict=True)]
+    first, *rest = (grid([row]) for row in named)
+    return torch.cat([first, *rest], dim=1)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

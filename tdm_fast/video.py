@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SUFFIXES = (".mp4", ".gif", ".png")
@@ -52,10 +52,10 @@ def enlarge(frames: Tensor, factor: int) -> Tensor:
     return frames.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
-def captioned(frames: Tensor, text: str, *, height: int = 16) -> Tensor:
+def captioned(frames: Tensor, text: str, *, height: int = 20) -> Tensor:
     """Put a line of text on a white band above frames uint8 `[T, H, W, 3]`."""
     band = Image.new("RGB", (frames.shape[2], height), "white")
-    ImageDraw.Draw(band).text((3, 2), text, fill="black")
+    ImageDraw.Draw(band).text((4, 2), text, fill="black", font=ImageFont.load_default(size=13))
     strip = torch.from_numpy(np.array(band)).expand(len(frames), -1, -1, -1)
     return torch.cat([strip, frames], dim=1)
 
