@@ -33,6 +33,7 @@ static std::map<std::string, std::string> build_info() {
 }
 
 PYBIND11_MODULE(_build_info, m) {
-  m.def("build_info", &build_info,
-        "Compiler, flags, instruction sets compiled in and the one in use, CUDA architectures (empty where not built).");
+  m.def(
+      "build_info", &build_info,
+      "Compiler, flags, instruction sets compiled in and the one in use, CUDA architectures (empty where not built).");
 }

@@ -32,7 +32,8 @@ namespace tdm_fast {
 // Calls `range(begin, end)` for parts of [0, elements) on torch's intra-op threads.
 template <class Range>
 void in_parallel(int64_t elements, const Range& range) {
-  constexpr int64_t grain = 32768;  // torch's own grain for element-wise loops: below it a second thread costs more than it gives
+  // torch's own grain for element-wise loops: below it a second thread costs more than it gives.
+  constexpr int64_t grain = 32768;
   torch::stable::parallel_for(0, elements, grain, range);
 }
 

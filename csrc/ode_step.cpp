@@ -1,5 +1,5 @@
-// Binding of ode_step: schema, checks and registration. Compiled into both op libraries; TDM_FAST_NAMESPACE and TDM_FAST_KEY
-// (tdm_fast_cpu and CPU, tdm_fast_cuda and CUDA) come from the build.
+// Binding of ode_step: schema, checks and registration. Compiled into both op libraries; TDM_FAST_NAMESPACE and
+// TDM_FAST_KEY (tdm_fast_cpu and CPU, tdm_fast_cuda and CUDA) come from the build.
 #include "ode_step.h"
 
 #include <torch/csrc/stable/library.h>
@@ -24,8 +24,9 @@ static void run(const OdeStepArgs& args, const Tensor&) {
 }
 #endif
 
-static Tensor ode_step_op(const Tensor& sample, const Tensor& model_output, const Tensor& a, const Tensor& b, const Tensor& c,
-                          const Tensor& d, const Tensor& alpha, const Tensor& sigma, const Tensor& t, const Tensor& t_next) {
+static Tensor ode_step_op(const Tensor& sample, const Tensor& model_output, const Tensor& a, const Tensor& b,
+                          const Tensor& c, const Tensor& d, const Tensor& alpha, const Tensor& sigma, const Tensor& t,
+                          const Tensor& t_next) {
   check_contiguous(sample, "sample");
   check_contiguous(model_output, "model_output");
   STD_TORCH_CHECK(sample.dim() >= 1, "sample must have a batch dimension");
@@ -44,7 +45,8 @@ static Tensor ode_step_op(const Tensor& sample, const Tensor& model_output, cons
   args.output_dtype = latent_dtype(model_output, "model_output");
   args.batch = batch;
   args.per_sample = batch == 0 ? 0 : sample.numel() / batch;
-  args.tables = {table(a, "a"), table(b, "b"), table(c, "c"), table(d, "d"), table(alpha, "alpha"), table(sigma, "sigma"), length};
+  args.tables = {table(a, "a"),         table(b, "b"),         table(c, "c"), table(d, "d"),
+                 table(alpha, "alpha"), table(sigma, "sigma"), length};
   args.t = vector_data<int64_t>(t, ScalarType::Long, batch, sample, "t");
   args.t_next = vector_data<int64_t>(t_next, ScalarType::Long, batch, sample, "t_next");
   if (sample.numel() > 0) run(args, sample);
@@ -55,7 +57,8 @@ static Tensor ode_step_op(const Tensor& sample, const Tensor& model_output, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(TDM_FAST_NAMESPACE, m) {
   m.def(
-      "ode_step(Tensor sample, Tensor model_output, Tensor a, Tensor b, Tensor c, Tensor d, Tensor alpha, Tensor sigma, "
+      "ode_step(Tensor sample, Tensor model_output, Tensor a, Tensor b, Tensor c, Tensor d, Tensor alpha, Tensor "
+      "sigma, "
       "Tensor t, Tensor t_next) -> Tensor");
 }
 

@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
-// Every file in cpu/ is compiled once per instruction set, into a namespace of its own, and chosen when called. The wheel
-// therefore runs on any x86-64. Elsewhere the compiler's default target is the only one.
+// Every file in cpu/ is compiled once per instruction set, into a namespace of its own, and chosen when called. The
+// wheel therefore runs on any x86-64. Elsewhere the compiler's default target is the only one.
 #if defined(__x86_64__)
 #define TDM_FAST_DECLARE_FOR_EACH_ISA(declaration) \
   namespace isa_default {                          \
@@ -17,7 +17,7 @@
   namespace isa_avx512 {                           \
   declaration;                                     \
   }
-#define TDM_FAST_SELECT_ISA(function)                                                    \
+#define TDM_FAST_SELECT_ISA(function)                                                         \
   (::tdm_fast::instruction_set() == ::tdm_fast::InstructionSet::avx512 ? isa_avx512::function \
    : ::tdm_fast::instruction_set() == ::tdm_fast::InstructionSet::avx2 ? isa_avx2::function   \
                                                                        : isa_default::function)

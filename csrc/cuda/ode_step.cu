@@ -1,4 +1,5 @@
-// ode_step on the GPU. No torch header in here: nvcc needs seconds per architecture for those, and the kernel none of them.
+// ode_step on the GPU. No torch header in here: nvcc needs seconds per architecture for those, and the kernel none of
+// them.
 #include "../ode_step.h"
 
 #include <cuda_runtime.h>
@@ -11,8 +12,8 @@ namespace cuda {
 constexpr int threads = 256;
 constexpr int64_t block_elements = threads * elements_per_thread;
 
-// One block per chunk of 2048 elements of one sample; the grid depends on the shape alone. `aligned`: every chunk starts at a
-// 16-byte boundary and has whole packs of 8.
+// One block per chunk of 2048 elements of one sample; the grid depends on the shape alone. `aligned`: every chunk
+// starts at a 16-byte boundary and has whole packs of 8.
 template <class S, class O, bool aligned>
 __global__ void __launch_bounds__(threads) ode_step_kernel(OdeStepArgs args, int64_t chunks) {
   const int64_t b = blockIdx.x / chunks;
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(threads) ode_step_kernel(OdeStepArgs args, int
     Pack<S> result;
 #pragma unroll
     for (int j = 0; j < elements_per_thread; ++j) {
-      from_float(ode_step<float>(to_float(x.values[j]), to_float(out.values[j]), scale.sample, scale.output), result.values[j]);
+      from_float(ode_step<float>(to_float(x.values[j]), to_float(out.values[j]), scale.sample, scale.output),
+                 result.values[j]);
     }
     store_pack(next + i, result);
   } else {

@@ -17,7 +17,9 @@ TDM_FAST_INLINE float to_float(BFloat16 value) { return __bfloat162float(__ushor
 TDM_FAST_INLINE float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 
 TDM_FAST_INLINE void from_float(float value, float& result) { result = value; }
-TDM_FAST_INLINE void from_float(float value, BFloat16& result) { result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+TDM_FAST_INLINE void from_float(float value, BFloat16& result) {
+  result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
 TDM_FAST_INLINE void from_float(float value, Half& result) { result.bits = __half_as_ushort(__float2half_rn(value)); }
 
 // 8 elements that start at a 16-byte boundary, moved as whole 16-byte words.
