@@ -21,6 +21,7 @@ from tdm_fast.philox import randn
 from tdm_fast.sample import SampleConfig, best_guidance, choose_timesteps, generate, sample, sample_latents
 from tdm_fast.sample import trailing_timesteps as trailing
 from tdm_fast.text import PromptCache
+from tdm_fast.video import captioned
 
 PROMPTS = ("a small red circle moving left", "a large blue square", "red")
 NODES = (899, 674, 449, 224)
@@ -156,7 +157,8 @@ def test_the_command_writes_what_its_name_says(
 ) -> None:
     output = tmp_path / "deep" / f"clip{suffix}"
     sample(SampleConfig(prompt=PROMPTS[:2], model=student, output=output, seed=5))
-    size = (2 * (4 * 32 + 4), 16 + 4 * 32 + 4)  # two clips side by side, four times enlarged, captions above, gaps
+    band = captioned(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), "").shape[1] - 1
+    size = (2 * (4 * 32 + 4), band + 4 * 32 + 4)  # two clips side by side, four times enlarged, captions above, gaps
     if suffix == ".mp4":
         with av.open(str(output)) as container:
             frames = [(frame.width, frame.height) for frame in container.decode(video=0)]

@@ -86,12 +86,12 @@ def test_enlarging_repeats_pixels(frames: Tensor) -> None:
 
 
 def test_a_caption_stands_above_the_frames(frames: Tensor) -> None:
-    shown = captioned(frames, "a circle")
-    assert shown.shape == (17, 64 + 16, 64, 3)
-    assert torch.equal(shown[:, 16:], frames)
-    band = shown[:, :16]
+    shown = captioned(frames, "a circle", height=18)
+    assert shown.shape == (17, 64 + 18, 64, 3)
+    assert torch.equal(shown[:, 18:], frames)
+    band = shown[:, :18]
     assert (band == 255).float().mean() > 0.5 and (band < 128).any() and torch.equal(band[0], band[16])
-    assert (captioned(frames, "")[:, :16] == 255).all()
+    assert (captioned(frames, "", height=9)[:, :9] == 255).all()
 
 
 def test_a_grid_keeps_every_clip(frames: Tensor) -> None:
