@@ -66,7 +66,7 @@ class TeacherConfig:
     evaluator_steps: int = 1500
     text_steps: int = 300
     vae_steps: int = 4000
-    transformer_steps: int = 9000
+    transformer_steps: int = 10000
     num_latents: int = 144 * 128
     """Clips encoded once as the DiT's training set."""
     checkpoint_seconds: float = 60.0
