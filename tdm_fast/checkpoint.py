@@ -137,6 +137,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise SaveError(f"could not write {path}: {error.strerror or error}") from error
 
 
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object of a file. Raises ValueError when the file is damaged or the object lacks one of `keys`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object")
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return content
+
+
 def _write(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)

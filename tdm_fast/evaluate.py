@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -18,7 +19,14 @@ from tdm_fast import tiny_shapes
 from tdm_fast.checkpoint import write_atomically
 from tdm_fast.config import BUNDLED_TEACHER
 from tdm_fast.evaluator import ShapesEvaluator, all_correct, frechet_interval, moments
-from tdm_fast.models.loading import Pipeline, check_weights, load_pipeline
+from tdm_fast.models.loading import (
+    METRICS_FILE,
+    Pipeline,
+    check_weights,
+    load_metrics,
+    load_network,
+    load_pipeline,
+)
 from tdm_fast.sample import choose_timesteps, generate, trailing_timesteps
 from tdm_fast.text import PromptCache
 
@@ -28,7 +36,6 @@ NUM_REFERENCE = 32 * tiny_shapes.NUM_PROMPTS
 REFERENCE_SEED, REAL_SEED, SWEEP_SEED, NOISE_SEED = 1001, 1002, 1003, 1004
 TEACHER_STEPS, FEW_STEPS = 50, 4
 GUIDANCES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.5)
-METRICS_FILE = "teacher_metrics.json"
 REFERENCE_FILE = "reference.safetensors"
 
 
@@ -37,16 +44,41 @@ def load_evaluator(folder: Path) -> ShapesEvaluator:
     if not (folder / "evaluator" / "config.json").is_file():
         raise ValueError(f"{folder}: no evaluator in it; evaluation takes a folder that `tdm-fast make-teacher` wrote")
     check_weights(folder / "evaluator")
-    return ShapesEvaluator.from_pretrained(folder / "evaluator", use_safetensors=True).eval()
+    return load_network(folder / "evaluator", ShapesEvaluator).eval()
 
 
 def load_reference(folder: Path, evaluator: ShapesEvaluator) -> tuple[Tensor, Tensor]:
-    """The reference moments kept beside the evaluator, computed if they are not there."""
+    """The reference moments kept beside the evaluator, computed if they are not there.
+
+    Raises ValueError when the file is damaged or of another evaluator.
+    """
     path = folder / "evaluator" / REFERENCE_FILE
     if not path.is_file():
         return reference_moments(evaluator)
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to have it computed again") from error
+    size = evaluator.config.feature_dim
+    if {name: list(tensor.shape) for name, tensor in tensors.items()} != {"mean": [size], "covariance": [size, size]}:
+        raise ValueError(f"{path} is not of this evaluator of {size} features; remove it to have it computed again")
     return tensors["mean"], tensors["covariance"]
+
+
+class Yardstick(NamedTuple):
+    """What a student is measured with: evaluator, reference moments, and its teacher's rows if they are known."""
+
+    evaluator: ShapesEvaluator
+    reference: tuple[Tensor, Tensor]
+    teacher: dict[str, Any] | None
+
+
+def load_yardstick(folder: Path) -> Yardstick | None:
+    """The yardstick in a teacher's folder, None where it has no evaluator. Raises ValueError when it is damaged."""
+    if not (folder / "evaluator").is_dir():
+        return None
+    evaluator = load_evaluator(folder)
+    return Yardstick(evaluator, load_reference(folder, evaluator), load_metrics(folder))
 
 
 @torch.no_grad()

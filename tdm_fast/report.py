@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,9 @@ from torch import Tensor
 from tdm_fast import tiny_shapes
 from tdm_fast.evaluate import (
     FEW_STEPS,
-    METRICS_FILE,
     NOISE_SEED,
     TEACHER_STEPS,
-    load_evaluator,
-    load_reference,
+    Yardstick,
     measure,
     measure_real,
     measure_teacher,
@@ -39,21 +36,25 @@ LABELS = {
 }
 
 
-def finish(output: Path, teacher: Pipeline, student: Pipeline, cache: PromptCache, num_videos: int) -> dict[str, Any]:
+def finish(
+    output: Path,
+    teacher: Pipeline,
+    student: Pipeline,
+    cache: PromptCache,
+    yardstick: Yardstick | None,
+    num_videos: int,
+) -> dict[str, Any]:
     """Measure the student beside the teacher, write `comparison.png` and `comparison.mp4`; returns the table's rows.
 
-    A teacher without an evaluator in its folder is shown but not measured. The teacher's quality is what its folder
+    Without a yardstick nothing is measured, only shown. The teacher's quality is what its folder
     says it measured once; its seconds per video are measured here, so that all times are of this machine.
     """
     assert student.timesteps is not None
     rows: dict[str, Any] = {}
     guidances = {"teacher": 1.0, "teacher_few_step": 1.0, "student": 1.0}
-    evaluated = num_videos > 0 and (teacher.folder / "evaluator").is_dir()
-    if evaluated:
-        evaluator = load_evaluator(teacher.folder)
-        reference = load_reference(teacher.folder, evaluator)
-        file = teacher.folder / METRICS_FILE
-        known = json.loads(file.read_text()) if file.exists() else measure_teacher(teacher.folder)
+    if yardstick:
+        evaluator, reference, known = yardstick
+        known = known or measure_teacher(teacher.folder)
         tiny_cache = PromptCache.encode(tiny_shapes.all_prompts(), student.tokenizer, student.text_encoder)
         rows["real"] = measure_real(evaluator, reference)
         for name in ("teacher", "teacher_few_step"):
@@ -67,18 +68,18 @@ def finish(output: Path, teacher: Pipeline, student: Pipeline, cache: PromptCach
     }
     # Five more each time, so that with tiny-shapes no attribute stays the same across the picture.
     shown = [(i * len(cache) // NUM_SHOWN + 5 * i) % len(cache) for i in range(min(NUM_SHOWN, len(cache)))]
-    timed = (shown * NUM_TIMED)[:NUM_TIMED] if evaluated else shown
+    timed = (shown * NUM_TIMED)[:NUM_TIMED] if yardstick else shown
     clips = {}
     for name, timesteps in steps.items():
         began = time.perf_counter()
         pipeline = student if name == "student" else teacher
         clips[name] = next(generate(pipeline, cache, timed, timesteps, guidance=guidances[name], seed=NOISE_SEED))
-        if evaluated:
+        if yardstick:
             rows[name]["seconds_per_video"] = round((time.perf_counter() - began) / len(timed), 4)
     compare(
         output, clips, {name: len(timesteps) for name, timesteps in steps.items()}, [cache.prompts[i] for i in shown]
     )
-    if evaluated:
+    if yardstick:
         print(table(rows))
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from tdm_fast.config import BUNDLED_TEACHER
 from tdm_fast.models.denoiser import Conditioning, Denoiser
-from tdm_fast.models.loading import Pipeline, load_pipeline
+from tdm_fast.models.loading import Pipeline, load_metrics, load_pipeline
 from tdm_fast.ops import ode_step
 from tdm_fast.philox import randn
 from tdm_fast.text import PromptCache
@@ -118,10 +117,9 @@ def choose_timesteps(pipeline: Pipeline, num_steps: int | None) -> list[int]:
 
 def best_guidance(pipeline: Pipeline, num_steps: int) -> float:
     """1 for a student; a teacher's measured best, at few steps or at many; 1 where nothing is known."""
-    path = pipeline.folder / "teacher_metrics.json"
-    if pipeline.timesteps is not None or not path.is_file():
+    metrics = load_metrics(pipeline.folder) if pipeline.timesteps is None else None
+    if metrics is None:
         return 1.0
-    metrics = json.loads(path.read_text())
     return float(metrics["teacher_few_step" if num_steps <= 8 else "teacher"]["guidance"])
 
 

@@ -34,6 +34,7 @@ from tdm_fast.checkpoint import (
 from tdm_fast.config import OptimiserConfig, TrainConfig
 from tdm_fast.data import draw_prompts
 from tdm_fast.distill import Roles, draw, fake_loss, rollout, student_loss
+from tdm_fast.evaluate import load_yardstick
 from tdm_fast.host import keep_memory, peak_memory
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
@@ -165,6 +166,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     output = config.run.output_dir
     teacher = load_pipeline(config.model.model)
     nodes = config.tdm.check(teacher.schedule)
+    # Now, because what is damaged must not show only when the training is over.
+    yardstick = load_yardstick(teacher.folder) if config.run.num_eval_videos else None
     cache = prompt_cache(config, teacher)
     state = make_state(teacher.denoiser, config.optimiser)
     resume(config, state)
@@ -181,7 +184,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     copy_weights(student.denoiser.model, state.ema)
     student.timesteps = tuple(nodes)
     save_student(output / "student", student.denoiser.model, config.model.model, nodes)
-    metrics = finish(output, teacher, student, cache, config.run.num_eval_videos)
+    metrics = finish(output, teacher, student, cache, yardstick, config.run.num_eval_videos)
     metrics |= {
         "iterations": state.iteration,
         "train_seconds": round(state.seconds, 1),

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from tdm_fast import cli, report, tiny_shapes
 from tdm_fast import evaluate as module
+from tdm_fast.config import ModelConfig, RunConfig, TrainConfig
 from tdm_fast.evaluate import (
     EvaluateConfig,
     assess,
@@ -31,9 +32,11 @@ from tdm_fast.evaluator import ShapesEvaluator, frechet_distance, moments
 from tdm_fast.models.loading import load_pipeline, save_student
 from tdm_fast.sample import generate
 from tdm_fast.text import PromptCache
+from tdm_fast.train import train
 
 COUNT = 64
 NODES = (899, 674, 449, 224)
+KNOWN = {"guidance": 1.5, "frechet": 2.0, "frechet_ci": [1.9, 2.1], "prompt_accuracy": 0.75, "nfe": 8, "videos": 576}
 ROW = {"nfe", "guidance", "frechet", "frechet_ci", "prompt_accuracy", "seconds_per_video", "videos"}
 
 
@@ -141,8 +144,7 @@ def test_the_guidance_is_the_sweeps_best(folder: Path, monkeypatch: pytest.Monke
 def test_a_run_ends_with_table_picture_and_video(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = {"guidance": 1.5, "frechet": 2.0, "frechet_ci": [1.9, 2.1], "prompt_accuracy": 0.75, "sweep": []}
-    metrics = {"real": {}, "teacher": {**known, "nfe": 100}, "teacher_few_step": {**known, "nfe": 8, "guidance": 1.0}}
+    metrics = {"real": {}, "teacher": {**KNOWN, "nfe": 100}, "teacher_few_step": {**KNOWN, "guidance": 1.0}}
     (folder / "teacher_metrics.json").write_text(json.dumps(metrics))
     monkeypatch.setattr(report, "measure_real", functools.partial(module.measure_real, count=COUNT))
     monkeypatch.setattr(report, "NUM_TIMED", 2)
@@ -151,7 +153,8 @@ def test_a_run_ends_with_table_picture_and_video(
     save_student(tmp_path / "student", teacher.denoiser.model, folder, NODES)
     student = load_pipeline(tmp_path / "student")
     cache = PromptCache.encode(["red circle", "blue square"], teacher.tokenizer, teacher.text_encoder)
-    results = [report.finish(tmp_path, teacher, student, cache, COUNT) for _ in range(2)]
+    yardstick = module.load_yardstick(folder)
+    results = [report.finish(tmp_path, teacher, student, cache, yardstick, COUNT) for _ in range(2)]
     assert [untimed(row) for row in results[0].values()] == [untimed(row) for row in results[1].values()]
     rows = results[0]
     assert set(rows) == {"real", "teacher", "teacher_few_step", "student"}
@@ -165,6 +168,32 @@ def test_a_run_ends_with_table_picture_and_video(
         # Three rows of models, two columns of prompts, three frames of each clip.
         assert picture.width * picture.height > 3 * 2 * 3 * 64 * 64
     assert (tmp_path / "comparison.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("evaluator/reference.safetensors", b"cut short", "reference.safetensors is damaged"),
+        ("evaluator/reference.safetensors", save({"mean": torch.zeros(6)}), "is not of this evaluator of 6 features"),
+        ("evaluator/config.json", b'{"width": 8, "feature_dim": 6}', "are not of one ShapesEvaluator"),
+        ("teacher_metrics.json", b'{"teacher": {', "teacher_metrics.json is damaged"),
+        ("teacher_metrics.json", b"[]", "it is no JSON object"),
+        ("teacher_metrics.json", json.dumps({"teacher": KNOWN}).encode(), "it lacks teacher_few_step"),
+        (
+            "teacher_metrics.json",
+            json.dumps({"teacher": KNOWN, "teacher_few_step": KNOWN | {"frechet": None}}).encode(),
+            "teacher_few_step lacks numbers",
+        ),
+    ],
+)
+def test_a_damaged_yardstick_is_refused_before_the_training(
+    folder: Path, tmp_path: Path, file: str, content: bytes, says: str
+) -> None:
+    (folder / file).write_bytes(content)
+    config = TrainConfig(model=ModelConfig(model=folder), run=RunConfig(output_dir=tmp_path / "run"))
+    with pytest.raises(ValueError, match=says) as error:
+        train(config)
+    assert str(folder) in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_evaluated_is_refused(tiny_teacher: Path, folder: Path, tmp_path: Path) -> None:

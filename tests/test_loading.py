@@ -164,6 +164,15 @@ def test_what_cannot_work_is_refused(folder: Path, spoil: Callable[[Path], objec
     assert str(folder) in str(error.value) or "EDM" in says
 
 
+@pytest.mark.parametrize(
+    "text", ['{"timesteps": [899', "{}", '{"timesteps": []}', '{"timesteps": [1000]}', '{"timesteps": "899"}']
+)
+def test_a_damaged_trajectory_is_refused(folder: Path, text: str) -> None:
+    (folder / "few_step.json").write_text(text)
+    with pytest.raises(ValueError, match=r"few_step.json is damaged: "):
+        load_pipeline(folder)
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_damaged_config_is_a_message(folder: Path, part: str) -> None:
     for file in (folder / part).glob("*.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,7 +145,8 @@ def test_a_student_keeps_its_own_timesteps(pipeline: Pipeline, student: Path) ->
 def test_the_measured_guidance_is_the_default(tiny_teacher: Path, tmp_path: Path, student: Path) -> None:
     folder = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
     assert best_guidance(load_pipeline(folder), 50) == 1.0
-    metrics = '{"teacher": {"guidance": 1.5}, "teacher_few_step": {"guidance": 3}}'
+    row = {"nfe": 8, "guidance": 3, "frechet": 1.0, "frechet_ci": [0.9, 1.1], "prompt_accuracy": 0.5, "videos": 576}
+    metrics = json.dumps({"teacher": {**row, "guidance": 1.5}, "teacher_few_step": row})
     (folder / "teacher_metrics.json").write_text(metrics)
     assert (best_guidance(load_pipeline(folder), 50), best_guidance(load_pipeline(folder), 4)) == (1.5, 3.0)
     (student / "teacher_metrics.json").write_text(metrics)

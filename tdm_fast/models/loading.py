@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from tdm_fast.checkpoint import whole_folder
+from tdm_fast.checkpoint import read_json, whole_folder
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.models.vae import WFVAEWrapper
@@ -23,6 +23,7 @@ from tdm_fast.schedule import Schedule
 
 INDEX_FILE = "model_index.json"
 SAMPLER_FILE = "few_step.json"
+METRICS_FILE = "teacher_metrics.json"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 NETWORKS: dict[str, Any] = {
     "transformer": OpenSoraT2V_v1_3,
@@ -60,8 +61,8 @@ def load_pipeline(folder: Path) -> Pipeline:
     Raises ValueError when the folder is missing, half-written or holds a model of another class.
     """
     check_folder(folder)
-    parts = {name: _load(folder / name, cls) for name, cls in NETWORKS.items()}
-    index = json.loads((folder / INDEX_FILE).read_text())
+    parts = {name: load_network(folder / name, cls) for name, cls in NETWORKS.items()}
+    index = read_json(folder / INDEX_FILE)
     scheduler_class = getattr(diffusers, index["scheduler"][1], None)
     if scheduler_class is None:
         raise ValueError(f"{folder}: its scheduler is a {index['scheduler'][1]}, which diffusers does not know")
@@ -74,15 +75,42 @@ def load_pipeline(folder: Path) -> Pipeline:
             f"{folder}: the text encoder is {width} wide but the transformer takes caption_channels="
             f"{transformer.config.caption_channels}; the two folders are not of one model"
         )
-    sampler = folder / SAMPLER_FILE
+    schedule = Schedule.from_scheduler(scheduler)
     return Pipeline(
         folder=folder,
-        denoiser=OpenSoraDenoiser(transformer, Schedule.from_scheduler(scheduler)),
+        denoiser=OpenSoraDenoiser(transformer, schedule),
         vae=WFVAEWrapper(parts["vae"].requires_grad_(False).eval()),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=parts["text_encoder"].requires_grad_(False).eval(),
-        timesteps=tuple(json.loads(sampler.read_text())["timesteps"]) if sampler.exists() else None,
+        timesteps=_own_timesteps(folder / SAMPLER_FILE, schedule.num_train_timesteps),
     )
+
+
+def _own_timesteps(path: Path, num_train_timesteps: int) -> tuple[int, ...] | None:
+    """The timesteps that a student's folder names; None where it is a teacher's."""
+    if not path.exists():
+        return None
+    timesteps = read_json(path, "timesteps")["timesteps"]
+    known = range(num_train_timesteps)
+    if not isinstance(timesteps, list) or not timesteps or not all(type(t) is int and t in known for t in timesteps):
+        raise ValueError(f"{path} is damaged: its timesteps are {timesteps}; each is a whole number below {len(known)}")
+    return tuple(timesteps)
+
+
+def load_metrics(folder: Path) -> dict[str, Any] | None:
+    """The rows that a teacher's folder keeps of its own quality, or None. Raises ValueError when they are damaged."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return None
+    metrics = read_json(path, "teacher", "teacher_few_step")
+    for name in ("teacher", "teacher_few_step"):
+        row = metrics[name] if isinstance(metrics[name], dict) else {}
+        numbers = [row.get(key) for key in ("nfe", "guidance", "frechet", "prompt_accuracy", "videos")]
+        interval = row.get("frechet_ci")
+        numbers += interval if isinstance(interval, list) and len(interval) == 2 else [None]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{path} is damaged: {name} lacks numbers; `tdm-fast evaluate --sweep` writes it anew")
+    return metrics
 
 
 def check_folder(folder: Path) -> None:
@@ -90,14 +118,10 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a model is a folder with {INDEX_FILE} and {', '.join(PARTS)}")
     try:
-        index = json.loads((folder / INDEX_FILE).read_text())
+        index = read_json(folder / INDEX_FILE)
     except FileNotFoundError:
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise ValueError(f"{folder}: no {INDEX_FILE} in it (found: {found}); it takes a pipeline's folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / INDEX_FILE} is damaged: {error}") from error
-    if not isinstance(index, dict):
-        raise ValueError(f"{folder / INDEX_FILE} is damaged: it is no JSON object")
     classes = {name: _class_name(index, name) for name in PARTS}
     for name, cls in NETWORKS.items():
         if classes[name] != cls.__name__:
@@ -143,7 +167,8 @@ def check_weights(folder: Path) -> None:
             raise ValueError(f"{file} is damaged or half-written ({error}); copy or make the folder again") from error
 
 
-def _load(folder: Path, cls: Any) -> Any:
+def load_network(folder: Path, cls: Any) -> Any:
+    """`cls.from_pretrained`, safetensors only. Raises ValueError for weights that are not all of this class."""
     keywords = {} if cls is T5EncoderModel else {"low_cpu_mem_usage": False}
     try:
         model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **keywords)
