@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -39,7 +40,9 @@ from tdm_fast.schedule import Schedule
 from tdm_fast.text import PromptCache, word_tokenizer
 
 # The evaluation never sees these seeds: stages draw their clips from `seed` plus one of them.
-EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED = 1, 2, 3, 4
+EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED, DETAIL_SEED = 1, 2, 3, 4, 5
+# Noise levels at which the shape is decided; at higher ones only place and motion are, at lower ones nothing is.
+DECISIVE_TIMESTEPS = (60, 560)
 # The share of the VAE's steps that see a window of the clip; it is convolutional but for an attention within frames.
 VAE_CROPS = 0.92
 # What `tdm-fast train` starts from with this teacher; the public demo's own values are for far larger networks.
@@ -67,6 +70,9 @@ class TeacherConfig:
     text_steps: int = 300
     vae_steps: int = 4000
     transformer_steps: int = 10000
+    """All noise levels alike."""
+    detail_steps: int = 5000
+    """Then half of every batch at the noise levels that decide the shape."""
     num_latents: int = 144 * 128
     """Clips encoded once as the DiT's training set."""
     checkpoint_seconds: float = 60.0
@@ -316,13 +322,16 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
     mask = torch.ones(len(rows), rows.shape[1], dtype=torch.int64)
     mask[null, len(cache.negative) :] = 0
 
-    def loss(step: int) -> Tensor:
-        words = random_integers((3,), batch, seed=config.seed + TRANSFORMER_SEED, iteration=step, purpose=Purpose.DATA)
+    def loss(step: int, seed: int, focused: bool) -> Tensor:
+        words = random_integers((3,), batch, seed=seed, iteration=step, purpose=Purpose.DATA)
         chosen, t = bounded(words[:, 0], len(latents)), bounded(words[:, 1], schedule.num_train_timesteps)
+        if focused:
+            low, high = DECISIVE_TIMESTEPS
+            t[batch // 2 :] = low + bounded(words[batch // 2 :, 1], high - low)
         shown = tiny_shapes.PROMPT_STRIDE * chosen % tiny_shapes.NUM_PROMPTS
         prompt = torch.where(bounded(words[:, 2], 10) == 0, null, shown)
         x0 = latents[chosen]
-        noise = randn(batch, x0.shape[1:], seed=config.seed + TRANSFORMER_SEED, iteration=step)
+        noise = randn(batch, x0.shape[1:], seed=seed, iteration=step)
         noisy = schedule.add_noise(x0, noise, t)
         out = model(
             noisy, schedule.timesteps[t], encoder_hidden_states=rows[prompt][:, None],
@@ -330,9 +339,14 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
         )[0]  # fmt: skip
         return F.mse_loss(out, schedule.training_target(x0, noise, t))
 
-    Stage("transformer", model, loss, config.transformer_steps, 1e-3, ema=0.999, weight_decay=0.01).run(
-        work / "transformer", log, config.checkpoint_seconds
-    )
+    for name, steps, rate, seed, focused in (
+        ("transformer", config.transformer_steps, 1e-3, TRANSFORMER_SEED, False),
+        ("transformer_detail", config.detail_steps, 7e-4, DETAIL_SEED, True),
+    ):
+        step_loss = functools.partial(loss, seed=config.seed + seed, focused=focused)
+        Stage(name, model, step_loss, steps, rate, ema=0.999, weight_decay=0.01).run(
+            work / name, log, config.checkpoint_seconds
+        )
     save_whole(model, folder)
 
 
