@@ -67,7 +67,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(folder: Path, **values: Any) -> TeacherConfig:
-    steps = {"evaluator_steps": 2, "text_steps": 2, "vae_steps": 2, "transformer_steps": 2, "num_latents": 5}
+    steps = {
+        "evaluator_steps": 2,
+        "text_steps": 2,
+        "vae_steps": 2,
+        "transformer_steps": 2,
+        "detail_steps": 2,
+        "num_latents": 5,
+    }
     return TeacherConfig(output_dir=folder, evaluate=False, **{**steps, **values})
 
 
