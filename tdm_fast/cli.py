@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 USAGE = """usage: tdm-fast COMMAND [FLAGS]
 
@@ -75,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     if arguments[0] == "--version":
+        from importlib import metadata
+
         print(metadata.version("tdm-fast"))
         return 0
     command = COMMANDS.get(arguments[0])
@@ -86,18 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(command: Callable[[], int]) -> int:
     """Turn what a user can mend into one line and exit code 2; TDM_FAST_TRACEBACK=1 shows the whole traceback."""
-    from safetensors import SafetensorError
-
-    from tdm_fast.checkpoint import SaveError
-
     threading.excepthook = _thread_failed
     try:
         return command()
     except KeyboardInterrupt:
         print("tdm-fast: stopped; the last whole checkpoint is intact", file=sys.stderr)
         return 130
-    except (ValueError, SaveError, OSError, SafetensorError) as error:
-        if os.environ.get("TDM_FAST_TRACEBACK") == "1":
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        from tdm_fast.checkpoint import SaveError
+
+        mendable = isinstance(error, (ValueError, SaveError, OSError, SafetensorError))
+        if not mendable or os.environ.get("TDM_FAST_TRACEBACK") == "1":
             raise
         print(f"tdm-fast: {error}", file=sys.stderr)
         return 2

@@ -6,11 +6,16 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before anything large is imported, so that Ctrl-C is heard
+    from tdm_fast import cli
+
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
 
 import torch
 import yaml
@@ -20,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from tdm_fast import cli, tiny_shapes
+from tdm_fast import tiny_shapes
 from tdm_fast.checkpoint import (
     SaveError,
     checkpoints,
@@ -306,12 +311,3 @@ def copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"the checkpoint is of another model: {len(odd)} weights differ, {odd[0]} first")
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m tdm_fast.train`, the same as `tdm-fast train`."""
-    return cli.main(["train", *(sys.argv[1:] if arguments is None else arguments)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

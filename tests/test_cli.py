@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import tdm_fast
 from tdm_fast import cli
-from tdm_fast import train as train_module
 from tdm_fast.checkpoint import SaveError
 
 Show = Callable[..., tuple[int, str]]
@@ -184,11 +187,35 @@ def test_a_threads_full_disk_shows_no_traceback(
     assert "RuntimeError: a bug" in errors and "No space left" not in errors
 
 
+ENTRIES = {"command": ["-c", "import sys; from tdm_fast import cli; sys.exit(cli.main())", "train"]}
+ENTRIES["module"] = ["-m", "tdm_fast.train"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_ctrl_c_is_heard_during_start_up(entry: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", *ENTRIES[entry], "--output_dir", str(tmp_path / "run")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        # PyTorch is being imported when the first of its modules has been.
+        first = next(line for line in process.stderr if " torch." in line)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130, first + errors
+    assert "Traceback" not in errors and "tdm-fast: stopped" in errors.splitlines()[-1]
+
+
 def test_the_modules_entry_is_the_same_command(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model", str(tiny_teacher), "--output_dir", str(tmp_path), "--train_batch_size", "0"]
-    assert train_module.main(flags) == 2
-    first = capsys.readouterr().err
-    assert cli.main(["train", *flags]) == 2
-    assert capsys.readouterr().err == first
+    ended = subprocess.run([sys.executable, *ENTRIES["module"], *flags], capture_output=True, text=True, check=False)
+    assert (ended.returncode, cli.main(["train", *flags])) == (2, 2)
+    assert ended.stderr == capsys.readouterr().err
+
+
+def test_every_public_name_is_there() -> None:
+    namespace: dict[str, object] = {}
+    exec("from tdm_fast import *", namespace)
+    assert set(tdm_fast.__all__) <= namespace.keys() and set(tdm_fast.__all__) <= set(dir(tdm_fast))
+    with pytest.raises(AttributeError, match="module 'tdm_fast' has no attribute 'none'"):
+        _ = tdm_fast.none
