@@ -27,7 +27,7 @@ from tdm_fast.models.loading import (
     load_network,
     load_pipeline,
 )
-from tdm_fast.sample import choose_timesteps, generate, trailing_timesteps
+from tdm_fast.sample import check_guidance, choose_timesteps, generate, trailing_timesteps
 from tdm_fast.text import PromptCache
 
 NUM_VIDEOS = 4 * tiny_shapes.NUM_PROMPTS
@@ -157,6 +157,9 @@ def _row(
     guidance: float | None,
     seconds: float,
 ) -> dict[str, Any]:
+    odd = int((~features.isfinite().all(1)).sum())
+    if odd:
+        raise ValueError(f"{odd} of {len(features)} videos are not finite numbers; this model or its training diverged")
     value, low, high = frechet_interval(features, reference)
     return {
         "nfe": nfe,
@@ -238,6 +241,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure one model and print its row. Raises ValueError for folders and numbers that cannot work."""
     if config.num_videos < 64:
         raise ValueError(f"--num_videos {config.num_videos}: a Fréchet distance of 32 features takes at least 64")
+    check_guidance(config.guidance)
     if config.sweep:
         return measure_teacher(config.model)
     pipeline, evaluator = load_pipeline(config.model), load_evaluator(config.evaluator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -123,12 +124,19 @@ def best_guidance(pipeline: Pipeline, num_steps: int) -> float:
     return float(metrics["teacher_few_step" if num_steps <= 8 else "teacher"]["guidance"])
 
 
+def check_guidance(guidance: float | None) -> None:
+    """Raise ValueError for a guidance that is no number."""
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"--guidance {guidance}: it takes a finite number; 1 is none")
+
+
 def sample(config: SampleConfig) -> None:
     """Sample the prompts and write the file. Raises ValueError for what cannot work, before any network runs."""
     if config.output.suffix not in SUFFIXES:
         raise ValueError(f"--output {config.output}: it takes a name that ends in {', '.join(SUFFIXES)}")
     if not config.prompt or not all(prompt.strip() for prompt in config.prompt):
         raise ValueError("--prompt: it takes at least one prompt, none of them empty")
+    check_guidance(config.guidance)
     pipeline = load_pipeline(config.model)
     timesteps = choose_timesteps(pipeline, config.num_steps)
     guidance = best_guidance(pipeline, len(timesteps)) if config.guidance is None else config.guidance

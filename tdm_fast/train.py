@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -214,6 +215,7 @@ def loop(
         while state.iteration < total:
             step_began = time.monotonic()
             row = train_step(state, cache, config, student.latent_shape)
+            refuse_divergence(row, output)
             row["seconds"] = round(time.monotonic() - step_began, 4)
             log.write(json.dumps(row) + "\n")
             for name in row.keys() - {"step"}:
@@ -231,6 +233,16 @@ def loop(
                 save_checkpoint(
                     output, state.iteration, state.groups(), {"seconds": state.seconds, **identity(config)}, keep=keep
                 )
+
+
+def refuse_divergence(row: dict[str, Any], output: Path) -> None:
+    """Raise ValueError when an iteration's losses are not finite: the weights are lost, and must not be saved."""
+    if not all(math.isfinite(value) for value in row.values()):
+        numbers = ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "step")
+        raise ValueError(
+            f"iteration {row['step']} is not finite ({numbers}): the training diverged; lower rates may help. The last"
+            f" whole checkpoint is {latest_checkpoint(output) or 'none'}"
+        )
 
 
 def prompt_cache(config: TrainConfig, teacher: Pipeline) -> PromptCache:

@@ -79,6 +79,8 @@ def test_the_flags_of_train_are_explained(show: Show) -> None:
         ("sample --prompt red --output a.avi", "--output a.avi: it takes a name that ends in .mp4, .gif, .png"),
         ("sample --prompt red --num_steps 1.5", "num.steps"),
         ("sample --prompt red --model no/folder", "no/folder: no such folder"),
+        ("sample --prompt red --guidance nan", "--guidance nan: it takes a finite number"),
+        ("evaluate --guidance inf", "--guidance inf: it takes a finite number"),
         ("evaluate --num_videos 63", "--num_videos 63: .* takes at least 64"),
         ("evaluate --model no/folder", "no/folder: no such folder"),
         ("evaluate --sweep --model no/folder", "no/folder: no such folder"),

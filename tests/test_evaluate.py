@@ -196,6 +196,18 @@ def test_a_damaged_yardstick_is_refused_before_the_training(
     assert str(folder) in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_videos_that_are_not_finite_are_counted(
+    folder: Path, evaluator: ShapesEvaluator, reference: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline(folder)
+    cache = PromptCache.encode(tiny_shapes.all_prompts(), pipeline.tokenizer, pipeline.text_encoder)
+    clips = torch.zeros(COUNT, 17, 3, 64, 64)
+    clips[3, 0, 0, 0, 0], clips[9, 2, 1, 5, 5] = float("nan"), float("inf")
+    monkeypatch.setattr(module, "generate", lambda *_, **__: iter(clips.split(16)))
+    with pytest.raises(ValueError, match=f"2 of {COUNT} videos are not finite"):
+        measure(pipeline, cache, evaluator, reference, [999], count=COUNT)
+
+
 def test_what_cannot_be_evaluated_is_refused(tiny_teacher: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no evaluator in it"):
         evaluate(EvaluateConfig(model=folder, evaluator=tiny_teacher))

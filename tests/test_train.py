@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -297,6 +298,20 @@ def test_a_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
     shutil.rmtree(newest)
     train(config)
     assert latest_checkpoint(config.run.output_dir) == newest
+
+
+@pytest.mark.parametrize("number", ["loss_fake", "loss_student", "grad_norm"])
+def test_a_run_that_diverges_is_stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    def diverging(state: module.State, *arguments: Any) -> dict[str, Any]:
+        row = train_step(state, *arguments)
+        return {**row, number: math.nan} if state.iteration == 4 else row
+
+    monkeypatch.setattr(module, "train_step", diverging)
+    output = config.run.output_dir
+    with pytest.raises(ValueError, match=f"iteration 4 is not finite .*{number} nan.*{output}/checkpoint-2"):
+        train(config)
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-2"]
+    assert [row["step"] for row in rows(output)] == [1, 2, 3]
 
 
 def test_prompts_of_ones_own_are_encoded_once(
