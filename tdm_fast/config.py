@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,11 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Flags of `tdm-fast train`. Defaults are the public demo's; a teacher's `train.yaml` may bring others."""
+    """Distil a teacher into a few-step student.
+
+    Defaults are the public demo's. The teacher's `train.yaml`, if it has one, is laid over them; then the YAML file that
+    `--config FILE` names, flags' names as keys; then the flags themselves.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tdm: TDMConfig = field(default_factory=TDMConfig)
@@ -133,36 +138,44 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def parse(config: type[T], arguments: Sequence[str], *, prog: str, defaults: Path | None = None) -> T:
-    """Parse flags into a dataclass; a YAML file's values come first, so that flags override them.
-
-    Both go through one parser, so a wrong value is refused the same way wherever it stands. Exits with code 2 and a
-    message for unknown flags and values.
-    """
-    given = [*(_yaml_arguments(defaults) if defaults else ()), *arguments]
-    return tyro.cli(config, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))
+def parse(config: type[T], arguments: Sequence[str], *, prog: str) -> T:
+    """Parse flags into a dataclass. Exits with code 2 and a message for unknown flags and values."""
+    return tyro.cli(
+        config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    )
 
 
 def parse_train(arguments: Sequence[str], *, prog: str = "tdm-fast train") -> TrainConfig:
-    """Flags of `train`; defaults from the YAML file `--config` names, else from the teacher folder's `train.yaml`."""
-    arguments = list(arguments)
-    file = _take(arguments, "--config")
-    model = Path(_peek(arguments, "--model") or BUNDLED_TEACHER)
-    defaults = Path(file) if file else model / DEFAULTS_FILE
-    if file and not defaults.is_file():
-        raise ValueError(f"--config {file}: no such file; it takes a YAML file with flags' names as keys")
-    config = parse(TrainConfig, arguments, prog=prog, defaults=defaults if defaults.is_file() else None)
+    """Flags of `train`, over the YAML file that `--config` names, over the teacher folder's `train.yaml`.
+
+    All go through one parser, so a wrong value is refused the same way wherever it stands.
+    """
+    early = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--model", type=Path)
+    named, others = early.parse_known_args(arguments)
+    if named.config and not named.config.is_file():
+        raise ValueError(f"--config {named.config}: no such file; it takes a YAML file with flags' names as keys")
+    chosen = _read_yaml(named.config) if named.config else {}
+    model = Path(named.model or chosen.get("model") or BUNDLED_TEACHER)
+    defaults = _read_yaml(model / DEFAULTS_FILE) if (model / DEFAULTS_FILE).is_file() else {}
+    given = [*_yaml_arguments(defaults | chosen), *others, "--model", str(model)]
+    config = parse(TrainConfig, given, prog=prog)
     config.check()
     return config
 
 
-def _yaml_arguments(path: Path) -> list[str]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: it takes a mapping from flags' names to values, got {type(values).__name__}")
+    return values
+
+
+def _yaml_arguments(values: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for name, value in values.items():
         if isinstance(value, bool):
@@ -172,23 +185,6 @@ def _yaml_arguments(path: Path) -> list[str]:
         else:
             arguments += [f"--{name}", str(value)]
     return arguments
-
-
-def _peek(arguments: list[str], flag: str) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument[len(flag) + 1 :]
-    return None
-
-
-def _take(arguments: list[str], flag: str) -> str | None:
-    value = _peek(arguments, flag)
-    if value is not None:
-        i = next(i for i, argument in enumerate(arguments) if argument == flag or argument.startswith(flag + "="))
-        del arguments[i : i + (2 if arguments[i] == flag else 1)]
-    return value
 
 
 def fail(message: object) -> int:

@@ -54,7 +54,7 @@ def test_usage(show: Show) -> None:
 
 def test_the_flags_of_train_are_explained(show: Show) -> None:
     text = show("train", "--help")[1].replace("-", "_")
-    for flag in ("cfg", "use_huber", "resume_from_checkpoint", "checkpoints_total_limit", "nodes", "prompts"):
+    for flag in ("cfg", "use_huber", "resume_from_checkpoint", "checkpoints_total_limit", "nodes", "prompts", "config"):
         assert f"__{flag}" in text
 
 

@@ -88,7 +88,19 @@ def test_a_teachers_folder_brings_its_own_defaults(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("max_train_steps: 8\n")
     config = parse_train(["--model", str(tmp_path), f"--config={other}"])
-    assert (config.tdm.cfg, config.optimiser.max_train_steps) == (4.5, 8)
+    assert (config.tdm.cfg, config.optimiser.max_train_steps) == (1.5, 8)
+    config = parse_train(["--model", "elsewhere", "--config", "no.yaml", f"--config={other}", "--model", str(tmp_path)])
+    assert (config.model.model, config.tdm.cfg, config.optimiser.max_train_steps) == (tmp_path, 1.5, 8)
+
+
+def test_the_file_may_name_the_teacher(tmp_path: Path) -> None:
+    teacher, file = tmp_path / "teacher", tmp_path / "mine.yaml"
+    teacher.mkdir()
+    (teacher / "train.yaml").write_text("cfg: 1.5\nseed: 3\n")
+    file.write_text(f"model: {teacher}\nseed: 4\n")
+    config = parse_train(["--config", str(file)])
+    assert (config.model.model, config.tdm.cfg, config.tdm.seed) == (teacher, 1.5, 4)
+    assert parse_train(["--config", str(file), "--model", str(tmp_path)]).tdm.cfg == 4.5
 
 
 @pytest.mark.parametrize(
