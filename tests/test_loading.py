@@ -43,6 +43,11 @@ def drop_weight(folder: Path) -> None:
     save_file(tensors, folder / "transformer" / WEIGHTS)
 
 
+def add_weight(folder: Path, part: str, weights: str = WEIGHTS) -> None:
+    tensors = load_file(folder / part / weights)
+    save_file({**tensors, "lora_A.weight": torch.zeros(1)}, folder / part / weights, metadata={"format": "pt"})
+
+
 def make_ddpm(folder: Path) -> None:
     for name in ("transformer", "vae", "text_encoder", "tokenizer"):
         shutil.rmtree(folder / name)
@@ -149,6 +154,9 @@ def test_a_student_that_cannot_be_written_leaves_the_old_one(
         (lambda f: cut(f / "transformer" / WEIGHTS, 0), f"transformer/{WEIGHTS} is damaged or half-written"),
         (lambda f: cut(f / "text_encoder" / "model.safetensors", 0.9), "model.safetensors is damaged or half-written"),
         (drop_weight, "transformer: 1 weights of OpenSoraT2V_v1_3 are missing, proj_out.bias first"),
+        (lambda f: add_weight(f, "transformer"), "1 weights of OpenSoraT2V_v1_3 are too many, lora_A.weight first"),
+        (lambda f: add_weight(f, "vae"), "1 weights of WFVAEModel are too many, lora_A.weight first"),
+        (lambda f: add_weight(f, "text_encoder", "model.safetensors"), "of T5EncoderModel are too many, lora_A.weight"),
         (lambda f: edit(f / "transformer" / "config.json", in_channels=4), "are not of one OpenSoraT2V_v1_3"),
         (wider_text_encoder, "the text encoder is 16 wide but the transformer takes caption_channels=8"),
         (lambda f: edit(f / "transformer" / "config.json", sample_size_h=7), "sample_size_h is 7; .* 6 or 8 would do"),

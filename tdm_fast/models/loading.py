@@ -174,9 +174,9 @@ def load_network(folder: Path, cls: Any) -> Any:
         model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **keywords)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{folder}: its weights and config.json are not of one {cls.__name__}: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} weights of {cls.__name__} are missing, {missing[0]} first")
+    for keys, says in (("missing_keys", "are missing"), ("unexpected_keys", "are too many")):
+        if names := sorted(info[keys]):
+            raise ValueError(f"{folder}: {len(names)} weights of {cls.__name__} {says}, {names[0]} first")
     return model
 
 
