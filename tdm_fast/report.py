@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,13 @@ def finish(
         evaluator, reference, known = yardstick
         known = known or measure_teacher(teacher.folder)
         tiny_cache = PromptCache.encode(tiny_shapes.all_prompts(), student.tokenizer, student.text_encoder)
-        rows["real"] = measure_real(evaluator, reference)
+        rows["real"] = measure_real(evaluator, reference, num_videos)
+        if num_videos != known["teacher"]["videos"]:
+            print(
+                f"note: student and real videos are measured on {num_videos} videos, the teacher was on"
+                f" {known['teacher']['videos']}; Fréchet distances of fewer videos are larger",
+                file=sys.stderr,
+            )
         for name in ("teacher", "teacher_few_step"):
             rows[name] = {key: value for key, value in known[name].items() if key != "sweep"}
             guidances[name] = rows[name]["guidance"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -146,7 +145,6 @@ def test_a_run_ends_with_table_picture_and_video(
 ) -> None:
     metrics = {"real": {}, "teacher": {**KNOWN, "nfe": 100}, "teacher_few_step": {**KNOWN, "guidance": 1.0}}
     (folder / "teacher_metrics.json").write_text(json.dumps(metrics))
-    monkeypatch.setattr(report, "measure_real", functools.partial(module.measure_real, count=COUNT))
     monkeypatch.setattr(report, "NUM_TIMED", 2)
     monkeypatch.setattr(report, "TEACHER_STEPS", 5)
     teacher = load_pipeline(folder)
@@ -162,7 +160,9 @@ def test_a_run_ends_with_table_picture_and_video(
     assert (rows["student"]["nfe"], rows["student"]["guidance"], rows["student"]["videos"]) == (4, 1.0, COUNT)
     assert (rows["teacher"]["frechet"], rows["teacher"]["nfe"]) == (2.0, 100)
     assert rows["real"]["nfe"] == 0 and rows["real"]["frechet"] < rows["student"]["frechet"]
-    table = capsys.readouterr().out
+    assert rows["real"]["videos"] == COUNT
+    table, notes = capsys.readouterr()
+    assert f"are measured on {COUNT} videos, the teacher was on 576" in notes
     assert "| teacher, few steps | 8 | 1 | 2.000 (1.900 to 2.100) | 75.0 % |" in table and table.count("| real") == 2
     with Image.open(tmp_path / "comparison.png") as picture:
         # Three rows of models, two columns of prompts, three frames of each clip.
