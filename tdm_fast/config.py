@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -132,6 +133,15 @@ class TrainConfig:
         return {name: _plain(value) for name, value in values.items()}
 
 
+# Flags that a YAML file may set to null.
+OPTIONAL = {
+    name
+    for group in (ModelConfig, TDMConfig, OptimiserConfig, RunConfig)
+    for name, hint in get_type_hints(group).items()
+    if NoneType in get_args(hint)
+}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
@@ -172,6 +182,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: it takes a mapping from flags' names to values, got {type(values).__name__}")
+    for name, value in values.items():
+        if value is None and name.replace("-", "_") not in OPTIONAL:
+            raise ValueError(f"{path}: {name} is null, but it always has a value; leave the line out for its default")
     return values
 
 

@@ -111,6 +111,8 @@ def test_the_file_may_name_the_teacher(tmp_path: Path) -> None:
         ("a: [1,\n", "is not a YAML file"),
         (b"cfg: \xff\xfe", "is not a YAML file"),
         (None, "no such file"),
+        ("negative_prompt: null\n", "negative_prompt is null, but it always has a value"),
+        ("cfg: 2\noutput-dir:\n", "output-dir is null"),
     ],
 )
 def test_a_file_that_cannot_work_is_refused(tmp_path: Path, text: str | bytes | None, says: str) -> None:
