@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +85,8 @@ class RunConfig:
 class TrainConfig:
     """Distil a teacher into a few-step student.
 
-    Defaults are the public demo's. The teacher's `train.yaml`, if it has one, is laid over them; then the YAML file that
-    `--config FILE` names, flags' names as keys; then the flags themselves.
+    Defaults are the public demo's. The teacher's `train.yaml`, if it has one, is laid over them; over that the YAML
+    file that `--config FILE` names, flags' names as keys; and over that the flags themselves.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -150,9 +149,7 @@ def _plain(value: Any) -> Any:
 
 def parse(config: type[T], arguments: Sequence[str], *, prog: str) -> T:
     """Parse flags into a dataclass. Exits with code 2 and a message for unknown flags and values."""
-    return tyro.cli(
-        config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    )
+    return tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def parse_train(arguments: Sequence[str], *, prog: str = "tdm-fast train") -> TrainConfig:
@@ -183,7 +180,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: it takes a mapping from flags' names to values, got {type(values).__name__}")
     for name, value in values.items():
-        if value is None and name.replace("-", "_") not in OPTIONAL:
+        if value is None and str(name).replace("-", "_") not in OPTIONAL:
             raise ValueError(f"{path}: {name} is null, but it always has a value; leave the line out for its default")
     return values
 
@@ -198,9 +195,3 @@ def _yaml_arguments(values: dict[str, Any]) -> list[str]:
         else:
             arguments += [f"--{name}", str(value)]
     return arguments
-
-
-def fail(message: object) -> int:
-    """Print one line about what went wrong; the exit code of a user's mistake."""
-    print(f"tdm-fast: {message}", file=sys.stderr)
-    return 2
