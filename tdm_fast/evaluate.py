@@ -27,7 +27,7 @@ from tdm_fast.models.loading import (
     load_network,
     load_pipeline,
 )
-from tdm_fast.sample import check_guidance, choose_timesteps, generate, trailing_timesteps
+from tdm_fast.sample import best_guidance, check_guidance, choose_timesteps, generate, trailing_timesteps
 from tdm_fast.text import PromptCache
 
 NUM_VIDEOS = 4 * tiny_shapes.NUM_PROMPTS
@@ -229,8 +229,8 @@ class EvaluateConfig:
     """Measure a teacher's own numbers again: its guidance swept at 50 and at 4 steps. Writes `teacher_metrics.json`."""
     num_steps: int | None = None
     """Network steps; a student's own, or 50 for a teacher, if not given."""
-    guidance: float = 1.0
-    """Classifier-free guidance; 1 is none."""
+    guidance: float | None = None
+    """Classifier-free guidance; 1 is none. 1 for a student, a teacher's measured best if its folder has one."""
     num_videos: int = NUM_VIDEOS
     """Videos to measure, the 144 prompts in turn."""
     output: Path | None = None
@@ -246,9 +246,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return measure_teacher(config.model)
     pipeline, evaluator = load_pipeline(config.model), load_evaluator(config.evaluator)
     timesteps = choose_timesteps(pipeline, config.num_steps)
+    guidance = best_guidance(pipeline, len(timesteps)) if config.guidance is None else config.guidance
     cache = PromptCache.encode(tiny_shapes.all_prompts(), pipeline.tokenizer, pipeline.text_encoder)
     reference = load_reference(config.evaluator, evaluator)
-    row = measure(pipeline, cache, evaluator, reference, timesteps, guidance=config.guidance, count=config.num_videos)
+    row = measure(pipeline, cache, evaluator, reference, timesteps, guidance=guidance, count=config.num_videos)
     text = json.dumps(row, indent=2)
     print(text)
     if config.output:

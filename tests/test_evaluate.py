@@ -116,6 +116,15 @@ def test_the_same_command_gives_the_same_numbers(
     assert shown[0] == shown[1]
 
 
+def test_a_teacher_is_evaluated_at_its_best_guidance(folder: Path) -> None:
+    config = EvaluateConfig(model=folder, evaluator=folder, num_steps=1, num_videos=COUNT)
+    assert evaluate(config)["guidance"] == 1.0
+    (folder / "teacher_metrics.json").write_text(json.dumps({"teacher": KNOWN, "teacher_few_step": KNOWN}))
+    assert evaluate(config)["guidance"] == KNOWN["guidance"] == 1.5
+    config.guidance = 3.0
+    assert evaluate(config)["guidance"] == 3.0
+
+
 def test_the_guidance_is_the_sweeps_best(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best = {4: 1.5, 50: 3.0}
     seeds: dict[str, set[int]] = {"sweep": set(), "reported": set()}
