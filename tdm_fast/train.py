@@ -43,7 +43,7 @@ from tdm_fast.distill import Roles, draw, fake_loss, rollout, student_loss
 from tdm_fast.evaluate import load_yardstick
 from tdm_fast.host import keep_memory, peak_memory
 from tdm_fast.models.denoiser import Denoiser
-from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
+from tdm_fast.models.loading import Pipeline, digest, load_pipeline, save_student
 from tdm_fast.philox import randn
 from tdm_fast.report import finish
 from tdm_fast.sample import generate
@@ -176,13 +176,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     yardstick = load_yardstick(teacher.folder) if config.run.num_eval_videos else None
     cache = prompt_cache(config, teacher)
     state = make_state(teacher.denoiser, config.optimiser)
-    resume(config, state)
+    mine = identity(config, cache)
+    resume(config, state, mine)
     write_atomically(output / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False).encode())
 
     student = copy.copy(teacher)
     student.denoiser = copy.deepcopy(teacher.denoiser)
     try:
-        loop(config, state, cache, student, nodes, began)
+        loop(config, state, cache, student, nodes, mine, began)
     except OSError as error:
         last = latest_checkpoint(output)
         where = f"the last whole checkpoint is {last}" if last else "no checkpoint had been saved before"
@@ -201,7 +202,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def loop(
-    config: TrainConfig, state: State, cache: PromptCache, student: Pipeline, nodes: list[int], began: float
+    config: TrainConfig,
+    state: State,
+    cache: PromptCache,
+    student: Pipeline,
+    nodes: list[int],
+    mine: dict[str, Any],
+    began: float,
 ) -> None:
     """Iterate to the end, with log, TensorBoard, samples (made with `student`) and checkpoints."""
     output, total = config.run.output_dir, config.optimiser.max_train_steps
@@ -230,9 +237,8 @@ def loop(
             if done or state.iteration % config.run.checkpointing_steps == 0:
                 state.seconds = spent + time.monotonic() - began
                 keep = config.run.checkpoints_total_limit
-                save_checkpoint(
-                    output, state.iteration, state.groups(), {"seconds": state.seconds, **identity(config)}, keep=keep
-                )
+                meta = {"seconds": state.seconds, "config": mine}
+                save_checkpoint(output, state.iteration, state.groups(), meta, keep=keep)
 
 
 def refuse_divergence(row: dict[str, Any], output: Path) -> None:
@@ -249,8 +255,9 @@ def prompt_cache(config: TrainConfig, teacher: Pipeline) -> PromptCache:
     """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
     file = config.model.prompts
     prompts = read_prompts(file) if file else tiny_shapes.all_prompts()
-    digest = fingerprint([str(config.model.model.resolve()), config.model.negative_prompt, *prompts])
-    path = config.run.output_dir / f"prompts-{digest}.safetensors"
+    encoder = digest(config.model.model, ("text_encoder", "tokenizer"))
+    name = f"prompts-{fingerprint([encoder, config.model.negative_prompt, *prompts])}.safetensors"
+    path = config.run.output_dir / name
     if path.exists():
         with suppress(SafetensorError):  # a damaged cache is made again
             return PromptCache.load(path)
@@ -260,13 +267,15 @@ def prompt_cache(config: TrainConfig, teacher: Pipeline) -> PromptCache:
     return cache
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint says of the run that it belongs to."""
-    return {"config": {name: value for name, value in config.flat().items() if name not in FREE_FLAGS}}
+def identity(config: TrainConfig, cache: PromptCache) -> dict[str, Any]:
+    """What a checkpoint says of the run that it belongs to: flags, with files' contents in place of their paths."""
+    flags = {name: value for name, value in config.flat().items() if name not in FREE_FLAGS}
+    teacher = digest(config.model.model, ("transformer", "scheduler", "text_encoder", "tokenizer"))
+    return flags | {"model": f"sha256:{teacher}", "prompts": f"sha256:{fingerprint(cache.prompts)}"}
 
 
-def resume(config: TrainConfig, state: State) -> None:
-    """Load the checkpoint that `--resume_from_checkpoint` names into `state`."""
+def resume(config: TrainConfig, state: State, mine: dict[str, Any]) -> None:
+    """Load the checkpoint that `--resume_from_checkpoint` names into `state`; `mine` is the run's identity."""
     wanted, output = config.run.resume_from_checkpoint, config.run.output_dir
     if wanted == "none":
         if checkpoints(output):
@@ -279,7 +288,7 @@ def resume(config: TrainConfig, state: State) -> None:
     if path is None:
         return
     groups, meta = load_checkpoint(path)
-    saved, mine = meta.get("config"), identity(config)["config"]
+    saved = meta.get("config")
     absent = sorted(state.groups().keys() - groups.keys())
     if saved is None or absent:
         raise ValueError(

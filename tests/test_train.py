@@ -19,7 +19,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -278,6 +278,32 @@ def test_a_checkpoint_of_another_run_is_refused(config: TrainConfig, tmp_path: P
     assert saved == {path: path.read_bytes() for path in saved}
     # What does not decide the weights may change.
     train(moved(short, short.run.output_dir, checkpointing_steps=7, validation_steps=9))
+
+
+def test_contents_make_a_run_not_paths(config: TrainConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    config.model.prompts = prompts
+    config.optimiser.max_train_steps = 1
+    train(config)
+    caches = set(config.run.output_dir.glob("prompts-*"))
+    config.model.model = shutil.copytree(config.model.model, tmp_path / "moved")
+    config.model.prompts = prompts.rename(tmp_path / "renamed.txt")
+    train(config)  # the same run
+    assert set(config.run.output_dir.glob("prompts-*")) == caches
+    config.model.prompts.write_text("a red circle\n")
+    with pytest.raises(ValueError, match=r"another configuration \(prompts was sha256:\w+, is sha256:\w+\)"):
+        train(config)
+    config.model.prompts.write_text("a red circle\na blue square\n")
+    for part in ("transformer", "text_encoder"):
+        file = next((tmp_path / "moved" / part).glob("*.safetensors"))
+        before = file.read_bytes()
+        tensors = load_file(file)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"another configuration \(model was sha256:\w+, is sha256:\w+\)"):
+            train(config)
+        file.write_bytes(before)
+    assert len(list(config.run.output_dir.glob("prompts-*"))) == 3
 
 
 def test_a_run_can_go_on_from_a_checkpoint_elsewhere(config: TrainConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -111,6 +112,15 @@ def load_metrics(folder: Path) -> dict[str, Any] | None:
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(f"{path} is damaged: {name} lacks numbers; `tdm-fast evaluate --sweep` writes it anew")
     return metrics
+
+
+def digest(folder: Path, parts: Sequence[str]) -> str:
+    """A short digest of what some parts of a model's folder contain; the same wherever the folder lies."""
+    total = hashlib.sha256()
+    for path in sorted(path for part in parts for path in (folder / part).iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            total.update(f"{path.parent.name}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def check_folder(folder: Path) -> None:
