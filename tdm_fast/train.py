@@ -61,7 +61,10 @@ FREE_FLAGS = {
 
 @dataclass
 class State:
-    """Everything that decides a run's future: two networks, the student's average, two optimisers, the iteration."""
+    """Everything that decides a run's future: two networks, the student's average, two optimisers, the iteration.
+
+    And what the run has cost so far, earlier processes included.
+    """
 
     roles: Roles
     ema: dict[str, Tensor]
@@ -70,6 +73,7 @@ class State:
     student_rate: Callable[[int], float]
     iteration: int = 0
     seconds: float = 0.0
+    peak_memory: int = 0
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint."""
@@ -89,6 +93,7 @@ class State:
         load_optimizer_tensors(self.student_optimizer, groups["student_optimizer"])
         load_optimizer_tensors(self.fake_optimizer, groups["fake_optimizer"])
         self.iteration, self.seconds = int(meta["step"]), float(meta["seconds"])
+        self.peak_memory = int(meta["peak_memory_bytes"])
 
 
 def make_state(teacher: Denoiser, config: OptimiserConfig) -> State:
@@ -195,7 +200,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     metrics |= {
         "iterations": state.iteration,
         "train_seconds": round(state.seconds, 1),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": max(state.peak_memory, peak_memory()),
     }
     write_atomically(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
@@ -237,7 +242,8 @@ def loop(
             if done or state.iteration % config.run.checkpointing_steps == 0:
                 state.seconds = spent + time.monotonic() - began
                 keep = config.run.checkpoints_total_limit
-                meta = {"seconds": state.seconds, "config": mine}
+                state.peak_memory = max(state.peak_memory, peak_memory())
+                meta = {"seconds": state.seconds, "peak_memory_bytes": state.peak_memory, "config": mine}
                 save_checkpoint(output, state.iteration, state.groups(), meta, keep=keep)
 
 

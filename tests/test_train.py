@@ -10,6 +10,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from tdm_fast import host
 from tdm_fast import train as module
 from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
 from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
@@ -324,6 +327,20 @@ def test_a_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
     shutil.rmtree(newest)
     train(config)
     assert latest_checkpoint(config.run.output_dir) == newest
+
+
+def test_the_peak_of_memory_is_the_runs(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for peak in (7 * 10**12, 10**12):
+        monkeypatch.setattr(module, "peak_memory", lambda peak=peak: peak)
+        assert train(config)["peak_memory_bytes"] == 7 * 10**12
+
+
+def test_the_peak_of_memory_is_this_processs_own() -> None:
+    """A process started by a large one is not large."""
+    large = torch.ones(2**28, dtype=torch.uint8)
+    code = f"import runpy; print(runpy.run_path({host.__file__!r})['peak_memory']())"
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert 2**20 < child < len(large) < host.peak_memory()
 
 
 @pytest.mark.parametrize("number", ["loss_fake", "loss_student", "grad_norm"])
