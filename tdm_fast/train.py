@@ -243,7 +243,12 @@ def loop(
                 state.seconds = spent + time.monotonic() - began
                 keep = config.run.checkpoints_total_limit
                 state.peak_memory = max(state.peak_memory, peak_memory())
-                meta = {"seconds": state.seconds, "peak_memory_bytes": state.peak_memory, "config": mine}
+                meta = {
+                    "seconds": state.seconds,
+                    "peak_memory_bytes": state.peak_memory,
+                    "threads": torch.get_num_threads(),
+                    "config": mine,
+                }
                 save_checkpoint(output, state.iteration, state.groups(), meta, keep=keep)
 
 
@@ -308,6 +313,12 @@ def resume(config: TrainConfig, state: State, mine: dict[str, Any]) -> None:
         )
     state.restore(groups, meta)
     print(f"going on from {path}", file=sys.stderr)
+    if (threads := torch.get_num_threads()) != meta["threads"]:
+        print(
+            f"note: the checkpoint was made with {meta['threads']} threads, this process has {threads}; sums are"
+            " rounded in another order, so the weights will not be equal to the bit to an undisturbed run's",
+            file=sys.stderr,
+        )
 
 
 def truncate_log(path: Path, steps: int) -> None:

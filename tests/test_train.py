@@ -329,6 +329,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
     assert latest_checkpoint(config.run.output_dir) == newest
 
 
+def test_another_number_of_threads_is_noted(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config)
+    train(config)
+    assert "note: the checkpoint" not in capsys.readouterr().err
+    now = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now + 1)
+    train(config)
+    assert f"made with {now} threads, this process has {now + 1}" in capsys.readouterr().err
+
+
 def test_the_peak_of_memory_is_the_runs(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     for peak in (7 * 10**12, 10**12):
         monkeypatch.setattr(module, "peak_memory", lambda peak=peak: peak)
