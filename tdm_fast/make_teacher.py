@@ -26,6 +26,7 @@ from tdm_fast.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
+    locked,
     optimizer_tensors,
     save_checkpoint,
     whole_folder,
@@ -150,9 +151,13 @@ class Stage:
 def make_teacher(config: TeacherConfig) -> None:
     """Run every stage whose result is not there yet; the result is a folder laid out as diffusers pipelines are."""
     keep_memory()
+    with locked(config.output_dir):
+        _stages(config)
+
+
+def _stages(config: TeacherConfig) -> None:
     output = config.output_dir
     work = output / "work"
-    output.mkdir(parents=True, exist_ok=True)
     log = output / "training_log.jsonl"
     _evaluator(config, work, log)
     cache = _text_encoder(config, work, log)

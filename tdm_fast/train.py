@@ -33,6 +33,7 @@ from tdm_fast.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
+    locked,
     optimizer_tensors,
     save_checkpoint,
     write_atomically,
@@ -40,7 +41,7 @@ from tdm_fast.checkpoint import (
 from tdm_fast.config import OptimiserConfig, TrainConfig
 from tdm_fast.data import draw_prompts
 from tdm_fast.distill import Roles, draw, fake_loss, rollout, student_loss
-from tdm_fast.evaluate import load_yardstick
+from tdm_fast.evaluate import Yardstick, load_yardstick
 from tdm_fast.host import keep_memory, peak_memory
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.loading import Pipeline, digest, load_pipeline, save_student
@@ -174,12 +175,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     keep_memory()
-    output = config.run.output_dir
     teacher = load_pipeline(config.model.model)
     nodes = config.tdm.check(teacher.schedule)
     # Now, because what is damaged must not show only when the training is over.
     yardstick = load_yardstick(teacher.folder) if config.run.num_eval_videos else None
-    cache = prompt_cache(config, teacher)
+    prompts = prompts_of(config)
+    with locked(config.run.output_dir):
+        return run(config, teacher, nodes, prompts, yardstick, began)
+
+
+def run(
+    config: TrainConfig,
+    teacher: Pipeline,
+    nodes: list[int],
+    prompts: list[str],
+    yardstick: Yardstick | None,
+    began: float,
+) -> dict[str, Any]:
+    """What `train` does in the run's folder, when everything that it is given has been found to work."""
+    output = config.run.output_dir
+    cache = prompt_cache(config, teacher, prompts)
     state = make_state(teacher.denoiser, config.optimiser)
     mine = identity(config, cache)
     resume(config, state, mine)
@@ -262,10 +277,14 @@ def refuse_divergence(row: dict[str, Any], output: Path) -> None:
         )
 
 
-def prompt_cache(config: TrainConfig, teacher: Pipeline) -> PromptCache:
-    """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
+def prompts_of(config: TrainConfig) -> list[str]:
+    """The prompts that a run draws from."""
     file = config.model.prompts
-    prompts = read_prompts(file) if file else tiny_shapes.all_prompts()
+    return read_prompts(file) if file else tiny_shapes.all_prompts()
+
+
+def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str]) -> PromptCache:
+    """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
     encoder = digest(config.model.model, ("text_encoder", "tokenizer"))
     name = f"prompts-{fingerprint([encoder, config.model.negative_prompt, *prompts])}.safetensors"
     path = config.run.output_dir / name

@@ -18,6 +18,7 @@ from tdm_fast.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
+    locked,
     optimizer_tensors,
     save_checkpoint,
     whole_folder,
@@ -140,6 +141,16 @@ def test_a_folder_is_whole_or_what_it_was(tmp_path: Path) -> None:
         (partial / "b").write_text("3")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in target.parent.iterdir()] == ["folder"]
+
+
+def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    for _ in range(2):
+        with locked(folder), pytest.raises(ValueError, match="deep/run is in use by another run"), locked(folder):
+            pass
+        with pytest.raises(RuntimeError, match="stop"), locked(folder):
+            raise RuntimeError("stop")
+    assert not any(folder.iterdir())
 
 
 def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path) -> None:

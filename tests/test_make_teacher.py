@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdm_fast import make_teacher as module
 from tdm_fast import tiny_shapes
-from tdm_fast.checkpoint import SaveError
+from tdm_fast.checkpoint import SaveError, locked
 from tdm_fast.evaluate import load_evaluator
 from tdm_fast.make_teacher import Stage, TeacherConfig, make_teacher
 from tdm_fast.models.loading import load_pipeline
@@ -169,6 +169,12 @@ def test_a_full_disk_is_named_and_costs_nothing(small: None, tmp_path: Path, mon
         make_teacher(config(tmp_path))
     # The evaluator came from its checkpoint; the interruption was the text encoder's.
     assert (tmp_path / "evaluator" / "config.json").exists() and not (tmp_path / "text_encoder").exists()
+
+
+def test_a_folder_is_one_runs(tmp_path: Path) -> None:
+    with locked(tmp_path / "a"), pytest.raises(ValueError, match="a is in use by another run"):
+        make_teacher(config(tmp_path / "a"))
+    assert not any((tmp_path / "a").iterdir())
 
 
 def test_the_seed_decides(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

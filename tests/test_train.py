@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tdm_fast import host
 from tdm_fast import train as module
-from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
+from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, locked
 from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
 from tdm_fast.distill import TDMConfig
 from tdm_fast.models.loading import load_pipeline
@@ -224,6 +224,14 @@ def test_files_that_cannot_grow_leave_the_last_checkpoint_intact(
     assert [path.name for path in checkpoints(output)] == ["checkpoint-3"]
 
 
+def test_a_folder_is_one_runs(config: TrainConfig) -> None:
+    output = config.run.output_dir
+    with locked(output), pytest.raises(ValueError, match=f"{output} is in use by another run"):
+        train(config)
+    assert not any(output.iterdir())
+    train(config)
+
+
 def test_two_and_two_iterations_are_four(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, halves = moved(config, tmp_path / "whole"), moved(config, tmp_path / "halves")
     train(whole)
@@ -376,24 +384,24 @@ def test_prompts_of_ones_own_are_encoded_once(
     file.write_text("a red circle\na blue square\n")
     config.model = dataclasses.replace(config.model, prompts=file, negative_prompt="white")
     teacher = load_pipeline(config.model.model)
-    first = module.prompt_cache(config, teacher)
+    first = module.prompt_cache(config, teacher, module.prompts_of(config))
     assert first.prompts == ("a red circle", "a blue square") and len(first.negative) == 2
     cached = list(config.run.output_dir.glob("prompts-*.safetensors"))
     assert len(cached) == 1
     with monkeypatch.context() as patch:
         patch.setattr(module.PromptCache, "encode", lambda *_, **__: pytest.fail("encoded again"))
-        assert torch.equal(module.prompt_cache(config, teacher).negative, first.negative)
+        assert torch.equal(module.prompt_cache(config, teacher, module.prompts_of(config)).negative, first.negative)
     cached[0].write_bytes(cached[0].read_bytes()[:-5])
-    assert torch.equal(module.prompt_cache(config, teacher).negative, first.negative)
+    assert torch.equal(module.prompt_cache(config, teacher, module.prompts_of(config)).negative, first.negative)
     file.write_text("a green triangle\n")
-    assert module.prompt_cache(config, teacher).prompts == ("a green triangle",)
+    assert module.prompt_cache(config, teacher, module.prompts_of(config)).prompts == ("a green triangle",)
 
 
 def test_one_iteration(config: TrainConfig) -> None:
     """Teacher untouched; fake and student stepped once each, the rates and the average as they should be."""
     teacher = load_pipeline(config.model.model)
     frozen = {name: p.clone() for name, p in teacher.denoiser.model.named_parameters()}
-    cache = module.prompt_cache(config, teacher)
+    cache = module.prompt_cache(config, teacher, module.prompts_of(config))
     state = make_state(teacher.denoiser, config.optimiser)
     average = {name: p.double() for name, p in frozen.items()}
     for step in range(1, 4):
