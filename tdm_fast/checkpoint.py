@@ -32,7 +32,9 @@ def save_checkpoint(
     *,
     keep: int | None = None,
 ) -> Path:
-    """Write `folder/checkpoint-<step>` and return it; one of the same step is replaced, the newest `keep` stay.
+    """Write `folder/checkpoint-<step>` and return it; one of the same step is replaced.
+
+    Of those up to this step the newest `keep` stay; later ones stay as well.
 
     Every group of tensors becomes one safetensors file, `meta` goes to `state.json`. The folder appears under its name
     only when it is whole and on the disk, so that a reader never sees a torn one.
@@ -50,7 +52,9 @@ def save_checkpoint(
         where = f"The last whole checkpoint is {last}." if last else "No checkpoint had been saved before."
         raise SaveError(f"{error}. {where}") from error
     if keep is not None:
-        for old in checkpoints(folder)[:-keep]:
+        # Later ones are there when a run went back to an earlier one; they are not older for having a higher step.
+        found = checkpoints(folder)
+        for old in found[: found.index(target) + 1][:-keep]:
             shutil.rmtree(old)
     return target
 

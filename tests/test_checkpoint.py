@@ -72,6 +72,15 @@ def test_the_newest_are_kept_and_found_by_number(tmp_path: Path) -> None:
     assert len(checkpoints(tmp_path)) == 4
 
 
+def test_going_back_deletes_nothing_later(tmp_path: Path) -> None:
+    for step in (5, 6, 7):
+        save_checkpoint(tmp_path, step, groups(step), {})
+    for step, left in ((1, [1, 5, 6, 7]), (2, [1, 2, 5, 6, 7]), (3, [2, 3, 5, 6, 7]), (6, [5, 6, 7])):
+        save_checkpoint(tmp_path, step, groups(-step), {}, keep=2)
+        assert [int(path.name.split("-")[1]) for path in checkpoints(tmp_path)] == left
+    assert_holds(tmp_path / "checkpoint-6", -6)
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"old": {"x": torch.zeros(1)}, **groups(1)}, {})
     save_checkpoint(tmp_path, 1, groups(2), {})
