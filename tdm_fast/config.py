@@ -74,7 +74,8 @@ class RunConfig:
     checkpoints_total_limit: int | None = 2
     """How many of the newest checkpoints stay."""
     resume_from_checkpoint: str = "latest"
-    """`latest` goes on from the folder's newest whole checkpoint if there is one; a checkpoint's folder; or `none`."""
+    """`latest` goes on from the folder's newest whole checkpoint if there is one; a checkpoint's folder, or
+    its name in the run's folder; or `none`."""
     validation_steps: int = 50
     """Iterations between two sets of samples from fixed prompts and noise."""
     num_eval_videos: int = 576

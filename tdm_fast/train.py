@@ -314,7 +314,8 @@ def resume(config: TrainConfig, state: State, mine: dict[str, Any]) -> None:
                 " name another --output_dir or remove the folder"
             )
         return
-    path = latest_checkpoint(output) if wanted == "latest" else Path(wanted)
+    inside = output / wanted
+    path = latest_checkpoint(output) if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
     if path is None:
         return
     groups, meta = load_checkpoint(path)

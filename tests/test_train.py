@@ -325,6 +325,16 @@ def test_a_run_can_go_on_from_a_checkpoint_elsewhere(config: TrainConfig, tmp_pa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_can_go_back_to_a_checkpoint_of_its_own(config: TrainConfig, tmp_path: Path) -> None:
+    train(moved(config, tmp_path / "whole"))
+    wanted = weights(tmp_path / "whole")
+    again = moved(config, tmp_path / "whole", resume_from_checkpoint="checkpoint-2", checkpointing_steps=1)
+    train(again)
+    assert rows(tmp_path / "whole")[-1]["step"] == 4 and len(rows(tmp_path / "whole")) == 4
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(tmp_path / "whole").items())
+    assert [path.name for path in checkpoints(tmp_path / "whole")] == ["checkpoint-3", "checkpoint-4"]
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
     train(config)
     newest = latest_checkpoint(config.run.output_dir)
