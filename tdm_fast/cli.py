@@ -46,7 +46,9 @@ def _make_teacher(arguments: Sequence[str]) -> int:
     from tdm_fast.config import parse
     from tdm_fast.make_teacher import TeacherConfig, make_teacher
 
-    make_teacher(parse(TeacherConfig, arguments, prog="tdm-fast make-teacher"))
+    config = parse(TeacherConfig, arguments, prog="tdm-fast make-teacher")
+    config.check()
+    make_teacher(config)
     return 0
 
 

@@ -42,6 +42,7 @@ from tdm_fast.text import PromptCache, word_tokenizer
 
 # The evaluation never sees these seeds: stages draw their clips from `seed` plus one of them.
 EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED, DETAIL_SEED = 1, 2, 3, 4, 5
+MAX_SEED = 900
 # Noise levels at which the shape is decided; at higher ones only place and motion are, at lower ones nothing is.
 DECISIVE_TIMESTEPS = (60, 560)
 # The share of the VAE's steps that see a window of the clip; it is convolutional but for an attention within frames.
@@ -80,6 +81,20 @@ class TeacherConfig:
     """Seconds between two checkpoints of a stage."""
     evaluate: bool = True
     """Sweep the guidance at the end and write the teacher's own numbers."""
+
+    def check(self) -> None:
+        """Raise ValueError for a value that cannot work, naming the flag, the value and what would work."""
+        for name in ("evaluator_steps", "text_steps", "vae_steps", "transformer_steps", "detail_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it takes a whole number from 1 up")
+        if self.num_latents < tiny_shapes.NUM_PROMPTS:
+            raise ValueError(
+                f"--num_latents {self.num_latents}: it takes at least {tiny_shapes.NUM_PROMPTS}, a clip of every prompt"
+            )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"--seed {self.seed}: it takes 0 to {MAX_SEED}; the evaluation's clips have seeds above")
+        if not 0 <= self.checkpoint_seconds < math.inf:
+            raise ValueError(f"--checkpoint_seconds {self.checkpoint_seconds}: it takes a finite number from 0 up")
 
 
 @dataclass

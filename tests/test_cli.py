@@ -85,6 +85,11 @@ def test_the_flags_of_train_are_explained(show: Show) -> None:
         ("evaluate --model no/folder", "no/folder: no such folder"),
         ("evaluate --sweep --model no/folder", "no/folder: no such folder"),
         ("make-teacher --seed red", "seed"),
+        ("make-teacher --seed 998", "--seed 998: it takes 0 to 900; the evaluation's clips have seeds above"),
+        ("make-teacher --seed -1", "--seed -1: it takes 0 to 900"),
+        ("make-teacher --vae_steps 0", "--vae_steps 0: it takes a whole number from 1 up"),
+        ("make-teacher --num_latents 143", "--num_latents 143: it takes at least 144"),
+        ("make-teacher --checkpoint_seconds nan", "--checkpoint_seconds nan: it takes a finite number"),
     ],
 )
 def test_what_cannot_work_ends_with_code_2(

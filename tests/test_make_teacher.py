@@ -13,8 +13,8 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tdm_fast import evaluate, tiny_shapes
 from tdm_fast import make_teacher as module
-from tdm_fast import tiny_shapes
 from tdm_fast.checkpoint import SaveError, locked
 from tdm_fast.evaluate import load_evaluator
 from tdm_fast.make_teacher import Stage, TeacherConfig, make_teacher
@@ -175,6 +175,13 @@ def test_a_folder_is_one_runs(tmp_path: Path) -> None:
     with locked(tmp_path / "a"), pytest.raises(ValueError, match="a is in use by another run"):
         make_teacher(config(tmp_path / "a"))
     assert not any((tmp_path / "a").iterdir())
+
+
+def test_no_seed_trains_on_the_evaluations_clips() -> None:
+    TeacherConfig(seed=module.MAX_SEED).check()
+    trained = {module.EVALUATOR_SEED, module.VAE_SEED, module.LATENT_SEED, module.TRANSFORMER_SEED, module.DETAIL_SEED}
+    evaluated = {evaluate.REFERENCE_SEED, evaluate.REAL_SEED, evaluate.SWEEP_SEED, evaluate.NOISE_SEED}
+    assert module.MAX_SEED + max(trained) < min(evaluated)
 
 
 def test_the_seed_decides(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
