@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -28,6 +29,7 @@ from tdm_fast.checkpoint import (
     load_optimizer_tensors,
     locked,
     optimizer_tensors,
+    read_json,
     save_checkpoint,
     whole_folder,
     write_atomically,
@@ -43,6 +45,8 @@ from tdm_fast.text import PromptCache, word_tokenizer
 # The evaluation never sees these seeds: stages draw their clips from `seed` plus one of them.
 EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED, DETAIL_SEED = 1, 2, 3, 4, 5
 MAX_SEED = 900
+# Flags that a resumed run may change.
+FREE_FLAGS = {"output_dir", "checkpoint_seconds", "evaluate"}
 # Noise levels at which the shape is decided; at higher ones only place and motion are, at lower ones nothing is.
 DECISIVE_TIMESTEPS = (60, 560)
 # The share of the VAE's steps that see a window of the clip; it is convolutional but for an attention within frames.
@@ -173,6 +177,7 @@ def make_teacher(config: TeacherConfig) -> None:
 def _stages(config: TeacherConfig) -> None:
     output = config.output_dir
     work = output / "work"
+    _refuse_changes(config, work / "config.json")
     log = output / "training_log.jsonl"
     _evaluator(config, work, log)
     cache = _text_encoder(config, work, log)
@@ -193,6 +198,18 @@ def _stages(config: TeacherConfig) -> None:
         from tdm_fast.evaluate import measure_teacher
 
         measure_teacher(output)
+
+
+def _refuse_changes(config: TeacherConfig, path: Path) -> None:
+    """Keep the flags that decide the weights. Raises ValueError when the folder's stages were begun with others."""
+    mine = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FLAGS}
+    saved = read_json(path, *mine) if path.exists() else mine
+    if changed := [f"{name} was {saved[name]}, is {mine[name]}" for name in mine if saved[name] != mine[name]]:
+        raise ValueError(
+            f"{config.output_dir} was begun with another configuration ({'; '.join(changed)}); use its flags to go on"
+            " with it, or another --output_dir to start anew"
+        )
+    write_atomically(path, json.dumps(mine).encode())
 
 
 def _evaluator(config: TeacherConfig, work: Path, log: Path) -> ShapesEvaluator:

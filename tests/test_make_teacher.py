@@ -184,6 +184,16 @@ def test_no_seed_trains_on_the_evaluations_clips() -> None:
     assert module.MAX_SEED + max(trained) < min(evaluated)
 
 
+def test_other_flags_are_another_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_evaluator", Interruptions(module._evaluator, 1, 2))
+    with pytest.raises(KeyboardInterrupt):
+        make_teacher(config(tmp_path))
+    with pytest.raises(ValueError, match=r"another configuration \(seed was 0, is 1; vae_steps was 2, is 3\)"):
+        make_teacher(config(tmp_path, seed=1, vae_steps=3))
+    with pytest.raises(KeyboardInterrupt):
+        make_teacher(config(tmp_path, checkpoint_seconds=5.0))
+
+
 def test_the_seed_decides(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_text_encoder", Interruptions(module._text_encoder, 1, 2, 3))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
