@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise SaveError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def truncate_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the rows of a JSON-lines file that a resumed run will write again: those that `keep` says no to."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # a kill can leave a torn last line
+            if keep(json.loads(line)):
+                lines.append(line)
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:

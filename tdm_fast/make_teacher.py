@@ -31,6 +31,7 @@ from tdm_fast.checkpoint import (
     optimizer_tensors,
     read_json,
     save_checkpoint,
+    truncate_log,
     whole_folder,
     write_atomically,
 )
@@ -122,6 +123,7 @@ class Stage:
         )
         self.averaged = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         first, spent = self._resume(folder, optimizer)
+        truncate_log(log, lambda row: row["stage"] != self.name or row["step"] <= first)
         began = saved = time.monotonic()
         progress = tqdm(range(first, self.steps), desc=self.name, initial=first, total=self.steps, mininterval=5)
         for step in progress:
@@ -203,8 +205,8 @@ def _stages(config: TeacherConfig) -> None:
 def _refuse_changes(config: TeacherConfig, path: Path) -> None:
     """Keep the flags that decide the weights. Raises ValueError when the folder's stages were begun with others."""
     mine = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FLAGS}
-    saved = read_json(path, *mine) if path.exists() else mine
-    if changed := [f"{name} was {saved[name]}, is {mine[name]}" for name in mine if saved[name] != mine[name]]:
+    saved = read_json(path) if path.exists() else mine
+    if changed := [f"{name} was {saved.get(name)}, is {mine[name]}" for name in mine if saved.get(name) != mine[name]]:
         raise ValueError(
             f"{config.output_dir} was begun with another configuration ({'; '.join(changed)}); use its flags to go on"
             " with it, or another --output_dir to start anew"

@@ -36,6 +36,7 @@ from tdm_fast.checkpoint import (
     locked,
     optimizer_tensors,
     save_checkpoint,
+    truncate_log,
     write_atomically,
 )
 from tdm_fast.config import OptimiserConfig, TrainConfig
@@ -233,7 +234,7 @@ def loop(
     """Iterate to the end, with log, TensorBoard, samples (made with `student`) and checkpoints."""
     output, total = config.run.output_dir, config.optimiser.max_train_steps
     first, spent = state.iteration, state.seconds
-    truncate_log(output / "metrics.jsonl", first)
+    truncate_log(output / "metrics.jsonl", lambda row: row["step"] <= first)
     with (
         SummaryWriter(str(output / "tensorboard"), purge_step=first + 1) as board,
         open(output / "metrics.jsonl", "a", buffering=1) as log,
@@ -339,17 +340,6 @@ def resume(config: TrainConfig, state: State, mine: dict[str, Any]) -> None:
             " rounded in another order, so the weights will not be equal to the bit to an undisturbed run's",
             file=sys.stderr,
         )
-
-
-def truncate_log(path: Path, steps: int) -> None:
-    """Drop the rows of `metrics.jsonl` that a resumed run will write again."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with suppress(json.JSONDecodeError):  # a kill can leave a torn last line
-                if json.loads(line)["step"] <= steps:
-                    rows.append(line)
-    write_atomically(path, "".join(row + "\n" for row in rows).encode())
 
 
 def validate(student: Pipeline, cache: PromptCache, nodes: list[int], path: Path) -> None:

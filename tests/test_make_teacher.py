@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,20 @@ def test_a_stage_that_is_interrupted_is_the_same_stage(
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in state(model).items())
     # With a checkpoint after every step only the interrupted steps are made again, otherwise all are.
     assert clip.count == 5 + {0.0: 3, 1000.0: 6}[seconds]
+
+
+def test_a_stages_log_has_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, other = tmp_path / "log", {"stage": "other", "step": 900}
+    log.write_text(json.dumps(other) + "\n")
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", Interruptions(nn.utils.clip_grad_norm_, 150))
+    for ending in (pytest.raises(KeyboardInterrupt), nullcontext()):
+        stage, _ = toy(steps=250)
+        with ending:
+            stage.run(tmp_path / "stage", log, 1000.0)
+        with open(log, "a") as file:
+            file.write('{"stage": "toy", "st')
+    rows = [json.loads(line) for line in log.read_text().splitlines()[:-1]]
+    assert [(row["stage"], row["step"]) for row in rows] == [("other", 900), ("toy", 100), ("toy", 200), ("toy", 250)]
 
 
 def test_a_stage_learns_and_leaves_its_average(tmp_path: Path) -> None:
