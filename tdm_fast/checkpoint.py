@@ -71,6 +71,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
         # A folder cannot replace a full one in one step, and one that is being deleted must not be taken for whole.
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -190,8 +192,9 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have a file's or a folder's content on the disk before what is done next."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,18 +23,23 @@ def to_uint8(video: Tensor) -> Tensor:
 def write_video(path: Path, frames: Tensor, *, frames_per_second: int = 8) -> None:
     """Write frames uint8 `[T, H, W, 3]`: .mp4 (H.264), .gif (endless), or .png (the frames side by side).
 
-    Raises ValueError for another suffix.
+    The file appears when it is whole. Raises ValueError for another suffix.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--output {path}: it takes a name that ends in {', '.join(SUFFIXES)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        Image.fromarray(torch.cat(tuple(frames), dim=1).numpy()).save(path)
-    elif path.suffix == ".gif":
-        first, *rest = (Image.fromarray(frame) for frame in frames.numpy())
-        first.save(path, save_all=True, append_images=rest, duration=1000 // frames_per_second, loop=0)
-    else:
-        _write_mp4(path, frames.numpy(), frames_per_second)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        if path.suffix == ".png":
+            Image.fromarray(torch.cat(tuple(frames), dim=1).numpy()).save(partial)
+        elif path.suffix == ".gif":
+            first, *rest = (Image.fromarray(frame) for frame in frames.numpy())
+            first.save(partial, save_all=True, append_images=rest, duration=1000 // frames_per_second, loop=0)
+        else:
+            _write_mp4(partial, frames.numpy(), frames_per_second)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_mp4(path: Path, frames: np.ndarray, frames_per_second: int) -> None:

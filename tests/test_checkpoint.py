@@ -162,6 +162,22 @@ def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
     assert not any(folder.iterdir())
 
 
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    sync = checkpoint._sync
+
+    def watch(path: Path) -> None:
+        synced.append(path)
+        assert (tmp_path / "folder").exists() == (path == tmp_path)
+        sync(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", watch)
+    with whole_folder(tmp_path / "folder") as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "weights").write_text("written by somebody else")
+    assert {path.name for path in synced} == {"weights", "deep", partial.name, tmp_path.name}
+
+
 def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, groups(1), {})
     weights = path / "student.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import av
@@ -68,6 +69,25 @@ def test_a_single_frame_can_be_written(tmp_path: Path, frames: Tensor) -> None:
     for suffix in (".mp4", ".gif"):
         write_video(tmp_path / f"one{suffix}", frames[:1])
         assert len(read(tmp_path / f"one{suffix}")) == 1
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_a_file_is_whole_or_what_it_was(
+    tmp_path: Path, frames: Tensor, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"clip{suffix}"
+    path.write_text("old")
+
+    def full(partial: Path, path: Path) -> None:
+        assert partial.stat().st_size > 0
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "replace", full)
+        write_video(path, frames)
+    assert path.read_text() == "old"
+    write_video(path, frames)
+    assert path.read_bytes() != b"old" and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("name", ["clip", "clip.avi", "clip.MP4"])
