@@ -35,7 +35,7 @@ NUM_REFERENCE = 32 * tiny_shapes.NUM_PROMPTS
 # Seeds of what is compared: the reference set, the fresh real clips, the guidance sweep and the reported numbers.
 REFERENCE_SEED, REAL_SEED, SWEEP_SEED, NOISE_SEED = 1001, 1002, 1003, 1004
 TEACHER_STEPS, FEW_STEPS = 50, 4
-GUIDANCES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.5)
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)
 REFERENCE_FILE = "reference.safetensors"
 
 
