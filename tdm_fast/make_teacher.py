@@ -39,6 +39,7 @@ from tdm_fast.config import DEFAULTS_FILE
 from tdm_fast.evaluator import ShapesEvaluator
 from tdm_fast.host import keep_memory
 from tdm_fast.models import OpenSoraT2V_v1_3, WFVAEModel
+from tdm_fast.models.loading import METRICS_FILE
 from tdm_fast.philox import Purpose, bounded, randn, random_integers
 from tdm_fast.schedule import Schedule
 from tdm_fast.text import PromptCache, word_tokenizer
@@ -390,7 +391,11 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
 
 
 def save_whole(part: Any, folder: Path) -> None:
-    """`save_pretrained` into a folder that appears when it is whole, because a resumed run takes it for finished."""
+    """`save_pretrained` into a folder that appears when it is whole, because a resumed run takes it for finished.
+
+    The teacher's own numbers, if it had any, were of another part in this one's place, and go.
+    """
+    (folder.parent / METRICS_FILE).unlink(missing_ok=True)
     with whole_folder(folder) as partial:
         part.save_pretrained(partial)
 

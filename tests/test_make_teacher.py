@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -207,6 +208,17 @@ def test_other_flags_are_another_teacher(tmp_path: Path, monkeypatch: pytest.Mon
         make_teacher(config(tmp_path, seed=1, vae_steps=3))
     with pytest.raises(KeyboardInterrupt):
         make_teacher(config(tmp_path, checkpoint_seconds=5.0))
+
+
+def test_a_part_that_is_trained_again_outdates_the_numbers(small: None, tmp_path: Path) -> None:
+    make_teacher(config(tmp_path))
+    file = tmp_path / "teacher_metrics.json"
+    file.write_text("{}")
+    make_teacher(config(tmp_path))
+    assert file.exists()
+    shutil.rmtree(tmp_path / "transformer")
+    make_teacher(config(tmp_path))
+    assert not file.exists()
 
 
 def test_the_seed_decides(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
