@@ -79,7 +79,8 @@ def generate(
         negative = cache.negatives(len(chunk))
         latents = sample_latents(pipeline.denoiser, noise, timesteps, cache.batch(chunk), negative, guidance)
         with torch.no_grad():
-            yield pipeline.vae.decode(latents)
+            clips = pipeline.vae.decode(latents)
+        yield clips  # outside of the block, which would otherwise hold for the caller as well
 
 
 @dataclass(kw_only=True)

@@ -132,6 +132,11 @@ def test_clips_do_not_depend_on_what_they_are_made_with(pipeline: Pipeline, cach
     assert (whole - other).abs().mean() > 1e-2
 
 
+def test_the_callers_gradients_stay_on(pipeline: Pipeline, cache: PromptCache) -> None:
+    for clips in generate(pipeline, cache, [0], [900]):
+        assert torch.is_grad_enabled() and not clips.requires_grad
+
+
 def test_a_student_keeps_its_own_timesteps(pipeline: Pipeline, student: Path) -> None:
     assert choose_timesteps(pipeline, None) == trailing(50, 1000)
     assert choose_timesteps(pipeline, 3) == trailing(3, 1000)
