@@ -57,8 +57,8 @@ VAE_CROPS = 0.92
 TRAIN_DEFAULTS = {
     "max_train_steps": 200,
     "train_batch_size": 32,
-    "learning_rate": 2e-4,
-    "student_learning_rate": 4e-5,
+    "learning_rate": 5e-4,
+    "student_learning_rate": 1e-4,
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 10,
     "ema_decay": 0.98,
@@ -79,7 +79,7 @@ class TeacherConfig:
     vae_steps: int = 4000
     transformer_steps: int = 10000
     """All noise levels alike."""
-    detail_steps: int = 5000
+    detail_steps: int = 4000
     """Then half of every batch at the noise levels that decide the shape."""
     num_latents: int = 144 * 128
     """Clips encoded once as the DiT's training set."""
