@@ -49,7 +49,7 @@ EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED, DETAIL_SEED = 1, 2, 3, 
 MAX_SEED = 900
 # Flags that a resumed run may change.
 FREE_FLAGS = {"output_dir", "checkpoint_seconds", "evaluate"}
-# Noise levels at which the shape is decided; at higher ones only place and motion are, at lower ones nothing is.
+# Noise levels taken to decide the shape, which the first pass learns last: chosen by looking at samples, not swept.
 DECISIVE_TIMESTEPS = (60, 560)
 # The share of the VAE's steps that see a window of the clip; it is convolutional but for an attention within frames.
 VAE_CROPS = 0.92

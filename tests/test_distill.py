@@ -142,7 +142,9 @@ def assert_same(config: TDMConfig, schedule: Schedule, batch_size: int) -> tuple
     """Both methods agree in float64 to its rounding; in float32 both are as near to that as float32 allows.
 
     How near that is, float64 tells: with every table, weight, latent and output off by an ulp of float32, it moves by
-    what one rounding per number costs; a run in float32 has some dozens of roundings on every path.
+    what one rounding per number costs; a run in float32 has some dozens of roundings on every path. ROUNDINGS was
+    settled after errors of at most 2.7 (distill) and 20.8 (reference) such units had been seen, so in float32 this
+    guards against regressions; that the methods are the same is shown by the float64 line.
     """
     exact, fast = (iterate(method, config, schedule, batch_size, torch.float64) for method in (reference, distill))
     plain32, fast32 = (iterate(method, config, schedule, batch_size, torch.float32) for method in (reference, distill))
