@@ -73,10 +73,20 @@ class Yardstick(NamedTuple):
     teacher: dict[str, Any] | None
 
 
-def load_yardstick(folder: Path) -> Yardstick | None:
-    """The yardstick in a teacher's folder, None where it has no evaluator. Raises ValueError when it is damaged."""
+def load_yardstick(teacher: Pipeline) -> Yardstick | None:
+    """The yardstick in a teacher's folder, None where it has no evaluator.
+
+    Raises ValueError when it is damaged, or of other videos than the teacher makes.
+    """
+    folder, shape = teacher.folder, (tiny_shapes.NUM_FRAMES, tiny_shapes.RESOLUTION, tiny_shapes.RESOLUTION)
     if not (folder / "evaluator").is_dir():
         return None
+    if teacher.video_shape != shape:
+        frames, height, width = teacher.video_shape
+        raise ValueError(
+            f"{folder}: its evaluator takes videos of {shape[0]} frames of {shape[1]} × {shape[2]}, but its transformer"
+            f" and VAE make {frames} of {height} × {width}; --num_eval_videos 0 leaves the evaluation out"
+        )
     evaluator = load_evaluator(folder)
     return Yardstick(evaluator, load_reference(folder, evaluator), load_metrics(folder))
 
@@ -189,14 +199,22 @@ class _Timed:
 
 
 def measure_teacher(folder: Path) -> dict[str, Any]:
-    """The teacher's own numbers, at the guidance that suits it best at 50 and at 4 steps; written beside its weights.
+    """`sweep_guidance` on a teacher's folder, whose numbers and reference are then kept beside its weights."""
+    pipeline, evaluator = load_pipeline(folder), load_evaluator(folder)
+    mean, covariance = reference_moments(evaluator)
+    write_atomically(folder / "evaluator" / REFERENCE_FILE, save({"mean": mean, "covariance": covariance}))
+    metrics = sweep_guidance(pipeline, evaluator, (mean, covariance))
+    write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
+    return metrics
+
+
+def sweep_guidance(
+    pipeline: Pipeline, evaluator: ShapesEvaluator, reference: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    """A teacher's own numbers, at the guidance that suits it best at 50 and at 4 steps, and those of real clips.
 
     The guidance is chosen on other noise than the reported row uses, so that the choice does not flatter the row.
     """
-    pipeline, evaluator = load_pipeline(folder), load_evaluator(folder)
-    reference = reference_moments(evaluator)
-    mean, covariance = reference
-    write_atomically(folder / "evaluator" / REFERENCE_FILE, save({"mean": mean, "covariance": covariance}))
     cache = PromptCache.encode(tiny_shapes.all_prompts(), pipeline.tokenizer, pipeline.text_encoder)
     metrics: dict[str, Any] = {"real": measure_real(evaluator, reference)}
     for name, steps in (("teacher_few_step", FEW_STEPS), ("teacher", TEACHER_STEPS)):
@@ -213,7 +231,6 @@ def measure_teacher(folder: Path) -> dict[str, Any]:
             "sweep": [{key: r[key] for key in ("guidance", "frechet", "prompt_accuracy")} for r in sweep]
         }
         print(name, json.dumps(metrics[name]), flush=True)
-    write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tdm_fast import tiny_shapes
+from tdm_fast.checkpoint import write_atomically
 from tdm_fast.evaluate import (
     FEW_STEPS,
     NOISE_SEED,
@@ -19,9 +21,10 @@ from tdm_fast.evaluate import (
     Yardstick,
     measure,
     measure_real,
-    measure_teacher,
+    sweep_guidance,
 )
-from tdm_fast.models.loading import Pipeline
+from tdm_fast.evaluator import ShapesEvaluator
+from tdm_fast.models.loading import METRICS_FILE, Pipeline, load_metrics
 from tdm_fast.sample import generate, trailing_timesteps
 from tdm_fast.text import PromptCache
 from tdm_fast.video import captioned, enlarge, grid, to_uint8, write_video
@@ -48,14 +51,15 @@ def finish(
     """Measure the student beside the teacher, write `comparison.png` and `comparison.mp4`; returns the table's rows.
 
     Without a yardstick nothing is measured, only shown. The teacher's quality is what its folder
-    says it measured once; its seconds per video are measured here, so that all times are of this machine.
+    says it measured once, else it is measured now and kept in the run's folder; its seconds per video are measured
+    here, so that all times are of this machine.
     """
     assert student.timesteps is not None
     rows: dict[str, Any] = {}
     guidances = {"teacher": 1.0, "teacher_few_step": 1.0, "student": 1.0}
     if yardstick:
         evaluator, reference, known = yardstick
-        known = known or measure_teacher(teacher.folder)
+        known = known or _swept_here(output, teacher, evaluator, reference)
         tiny_cache = PromptCache.encode(tiny_shapes.all_prompts(), student.tokenizer, student.text_encoder)
         rows["real"] = measure_real(evaluator, reference, num_videos)
         if num_videos != known["teacher"]["videos"]:
@@ -89,6 +93,17 @@ def finish(
     if yardstick:
         print(table(rows))
     return rows
+
+
+def _swept_here(
+    output: Path, teacher: Pipeline, evaluator: ShapesEvaluator, reference: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    """The numbers of a teacher whose folder has none, kept in the run's folder: the teacher's is not ours to write."""
+    if (known := load_metrics(output)) is None:
+        print(f"note: {teacher.folder} has no {METRICS_FILE}; its guidance is swept now, which takes minutes")
+        known = sweep_guidance(teacher, evaluator, reference)
+        write_atomically(output / METRICS_FILE, (json.dumps(known, indent=2) + "\n").encode())
+    return known
 
 
 def compare(output: Path, clips: Mapping[str, Tensor], steps: Mapping[str, int], prompts: Sequence[str]) -> None:

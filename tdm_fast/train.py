@@ -179,7 +179,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     teacher = load_pipeline(config.model.model)
     nodes = config.tdm.check(teacher.schedule)
     # Now, because what is damaged must not show only when the training is over.
-    yardstick = load_yardstick(teacher.folder) if config.run.num_eval_videos else None
+    yardstick = load_yardstick(teacher) if config.run.num_eval_videos else None
     prompts = prompts_of(config)
     with locked(config.run.output_dir):
         return run(config, teacher, nodes, prompts, yardstick, began)

@@ -59,9 +59,11 @@ def enlarge(frames: Tensor, factor: int) -> Tensor:
 
 
 def captioned(frames: Tensor, text: str, *, height: int = 20) -> Tensor:
-    """Put a line of text on a white band above frames uint8 `[T, H, W, 3]`."""
+    """Put a line of text on a white band above frames uint8 `[T, H, W, 3]`, as large as fits across."""
     band = Image.new("RGB", (frames.shape[2], height), "white")
-    ImageDraw.Draw(band).text((4, 2), text, fill="black", font=ImageFont.load_default(size=13))
+    fonts = (ImageFont.load_default(size=size) for size in range(13, 5, -1))
+    font = next((font for font in fonts if font.getlength(text) <= frames.shape[2] - 8), ImageFont.load_default(size=6))
+    ImageDraw.Draw(band).text((4, height // 2), text, fill="black", font=font, anchor="lm")
     strip = torch.from_numpy(np.array(band)).expand(len(frames), -1, -1, -1)
     return torch.cat([strip, frames], dim=1)
 

@@ -160,7 +160,7 @@ def test_a_run_ends_with_table_picture_and_video(
     save_student(tmp_path / "student", teacher.denoiser.model, folder, NODES)
     student = load_pipeline(tmp_path / "student")
     cache = PromptCache.encode(["red circle", "blue square"], teacher.tokenizer, teacher.text_encoder)
-    yardstick = module.load_yardstick(folder)
+    yardstick = module.load_yardstick(teacher)
     results = [report.finish(tmp_path, teacher, student, cache, yardstick, COUNT) for _ in range(2)]
     assert [untimed(row) for row in results[0].values()] == [untimed(row) for row in results[1].values()]
     rows = results[0]
@@ -177,6 +177,36 @@ def test_a_run_ends_with_table_picture_and_video(
         # Three rows of models, two columns of prompts, three frames of each clip.
         assert picture.width * picture.height > 3 * 2 * 3 * 64 * 64
     assert (tmp_path / "comparison.mp4").stat().st_size > 0
+
+
+def test_a_teacher_without_numbers_is_measured_into_the_runs_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = {"real": {}, "teacher": KNOWN, "teacher_few_step": KNOWN}
+    monkeypatch.setattr(report, "sweep_guidance", lambda *_: metrics)
+    monkeypatch.setattr(report, "TEACHER_STEPS", 4)
+    teacher = load_pipeline(folder)
+    save_student(tmp_path / "student", teacher.denoiser.model, folder, NODES)
+    student = load_pipeline(tmp_path / "student")
+    cache = PromptCache.encode(["red circle"], teacher.tokenizer, teacher.text_encoder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for _ in range(2):
+        rows = report.finish(tmp_path, teacher, student, cache, module.load_yardstick(teacher), COUNT)
+        assert rows["teacher"]["frechet"] == KNOWN["frechet"]
+        monkeypatch.setattr(report, "sweep_guidance", lambda *_: pytest.fail("measured again"))
+    assert json.loads((tmp_path / "teacher_metrics.json").read_text()) == metrics
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_an_evaluator_of_other_videos_is_refused_before_the_training(
+    tiny_teacher: Path, folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_teacher, tmp_path / "other"))
+    shutil.copytree(folder / "evaluator", other / "evaluator")
+    config = TrainConfig(model=ModelConfig(model=other), run=RunConfig(output_dir=tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"takes videos of 17 frames of 64 × 64, .* make 5 of 32 × 32"):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,12 @@ def test_a_caption_stands_above_the_frames(frames: Tensor) -> None:
     assert (captioned(frames, "", height=9)[:, :9] == 255).all()
 
 
+def test_a_long_caption_is_made_to_fit() -> None:
+    wide, text = torch.zeros(1, 2, 192, 3, dtype=torch.uint8), "a large purple triangle moving right"
+    band = captioned(wide, text)[0, :20]
+    assert (band[:, -4:] == 255).all() and (band[:, 96:] < 128).any()
+
+
 def test_a_grid_keeps_every_clip(frames: Tensor) -> None:
     other = 255 - frames
     shown = grid([[frames, other, frames], [other, frames, other]], gap=4)

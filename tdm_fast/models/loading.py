@@ -19,7 +19,7 @@ from tdm_fast.checkpoint import read_json, whole_folder
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.models.vae import WFVAEWrapper
-from tdm_fast.models.wfvae import WFVAEModel
+from tdm_fast.models.wfvae import SPATIAL_STRIDE, WFVAEModel
 from tdm_fast.schedule import Schedule
 
 INDEX_FILE = "model_index.json"
@@ -54,6 +54,12 @@ class Pipeline:
         """`(C, T, H, W)` of the latents that the transformer's config names as its own size."""
         config: Any = self.denoiser.model.config
         return (config.in_channels, config.sample_size_t, config.sample_size_h, config.sample_size_w)
+
+    @property
+    def video_shape(self) -> tuple[int, int, int]:
+        """`(T, H, W)` of the videos that the VAE makes of such latents, in frames and pixels."""
+        _, frames, height, width = self.latent_shape
+        return (self.vae.vae.temporal_stride * (frames - 1) + 1, SPATIAL_STRIDE * height, SPATIAL_STRIDE * width)
 
 
 def load_pipeline(folder: Path) -> Pipeline:
