@@ -208,9 +208,7 @@ def measure_teacher(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def sweep_guidance(
-    pipeline: Pipeline, evaluator: ShapesEvaluator, reference: tuple[Tensor, Tensor]
-) -> dict[str, Any]:
+def sweep_guidance(pipeline: Pipeline, evaluator: ShapesEvaluator, reference: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """A teacher's own numbers, at the guidance that suits it best at 50 and at 4 steps, and those of real clips.
 
     The guidance is chosen on other noise than the reported row uses, so that the choice does not flatter the row.

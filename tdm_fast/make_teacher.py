@@ -45,8 +45,9 @@ from tdm_fast.schedule import Schedule
 from tdm_fast.text import PromptCache, word_tokenizer
 
 # The evaluation never sees these seeds: stages draw their clips from `seed` plus one of them.
-EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED, DETAIL_SEED = 1, 2, 3, 4, 5
+EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED, DETAIL_SEED, DECODER_SEED, FINAL_SEED = range(1, 8)
 MAX_SEED = 900
+STAGES = ("evaluator", "text", "vae", "decoder", "transformer", "detail", "final")
 # Flags that a resumed run may change.
 FREE_FLAGS = {"output_dir", "checkpoint_seconds", "evaluate"}
 # Noise levels taken to decide the shape, which the first pass learns last: chosen by looking at samples, not swept.
@@ -77,10 +78,14 @@ class TeacherConfig:
     evaluator_steps: int = 1500
     text_steps: int = 300
     vae_steps: int = 4000
+    decoder_steps: int = 2000
+    """Then the VAE's decoder alone, which leaves the latents as they are."""
     transformer_steps: int = 10000
     """All noise levels alike."""
     detail_steps: int = 4000
     """Then half of every batch at the noise levels that decide the shape."""
+    final_steps: int = 6000
+    """And once more, on draws of its own."""
     num_latents: int = 144 * 128
     """Clips encoded once as the DiT's training set."""
     checkpoint_seconds: float = 60.0
@@ -90,7 +95,7 @@ class TeacherConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value that cannot work, naming the flag, the value and what would work."""
-        for name in ("evaluator_steps", "text_steps", "vae_steps", "transformer_steps", "detail_steps"):
+        for name in (f"{stage}_steps" for stage in STAGES):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: it takes a whole number from 1 up")
         if self.num_latents < tiny_shapes.NUM_PROMPTS:
@@ -226,17 +231,27 @@ def _evaluator(config: TeacherConfig, work: Path, log: Path) -> ShapesEvaluator:
             videos, attributes, start = tiny_shapes.sample_clips(
                 batch, seed=config.seed + EVALUATOR_SEED, sample_offset=step * batch
             )
-            # Generated clips are a little soft and noisy, which a classifier of clean ones would read as content.
-            generator = torch.Generator().manual_seed(step)
-            strength = 0.15 * torch.rand(batch, 1, 1, 1, 1, generator=generator)
-            videos = videos + strength * torch.randn(videos.shape, generator=generator)
-            return model.loss(videos, attributes, start)
+            return model.loss(_as_if_decoded(videos, torch.Generator().manual_seed(step)), attributes, start)
 
         Stage("evaluator", model, loss, config.evaluator_steps, 3e-3, ema=0.99).run(
             work / "evaluator", log, config.checkpoint_seconds
         )
         save_whole(model, folder)
     return ShapesEvaluator.from_pretrained(folder, use_safetensors=True).eval()
+
+
+def _as_if_decoded(videos: Tensor, generator: torch.Generator) -> Tensor:
+    """Clips `[B, 3, T, H, W]` made softer or over-sharp, and noisy, each to a degree of its own.
+
+    Decoders leave such traces. A classifier that has seen clean clips only reads them as content, and a distance
+    between its features would be one of decoders, not of what the clips show.
+    """
+    batch = len(videos)
+    strength = 2 * torch.rand(batch, 1, 1, 1, 1, generator=generator) - 1
+    blurred = F.avg_pool2d(F.pad(videos.flatten(1, 2), (2, 2, 2, 2), mode="replicate"), 3, stride=1)
+    blurred = F.avg_pool2d(blurred, 3, stride=1).view_as(videos)
+    noise = 0.15 * torch.rand(batch, 1, 1, 1, 1, generator=generator) * torch.randn(videos.shape, generator=generator)
+    return videos + strength * (videos - blurred) + noise
 
 
 def _text_encoder(config: TeacherConfig, work: Path, log: Path) -> PromptCache:
@@ -288,18 +303,16 @@ def _vae(config: TeacherConfig, work: Path, log: Path) -> WFVAEModel:
             decoder_num_resblocks=1, decoder_energy_flow_hidden_size=16, norm_type="layernorm",
             t_interpolation="trilinear",
         )  # fmt: skip
-        batch = 8
+        seed = config.seed + VAE_SEED
 
         def loss(step: int) -> Tensor:
-            videos = _vae_clips(batch, config.seed + VAE_SEED, step, whole=step >= VAE_CROPS * config.vae_steps)
+            videos = _vae_clips(8, seed, step, whole=step >= VAE_CROPS * config.vae_steps)
             posterior = vae.encode(videos).latent_dist
             latents = posterior.sample(torch.Generator().manual_seed(step))
-            error = vae.decode(latents).sample - videos
-            # The shape covers a few per cent of the pixels and is all there is to learn.
-            weight = 1 + 4 * (videos - tiny_shapes.BACKGROUND).abs().amax(1, keepdim=True).clamp(max=1)
-            return (weight * (error.abs() + error.square())).mean() + 1e-4 * posterior.kl().mean() / latents[0].numel()
+            return _pixel_loss(vae, latents, videos) + 1e-4 * posterior.kl().mean() / latents[0].numel()
 
         Stage("vae", vae, loss, config.vae_steps, 2e-3, ema=0.998).run(work / "vae", log, config.checkpoint_seconds)
+        train_decoder(vae, config, work, log)
         vae.eval()
         with torch.no_grad():
             videos, _, _ = tiny_shapes.sample_clips(288, seed=config.seed + VAE_SEED, iteration=1)
@@ -308,6 +321,28 @@ def _vae(config: TeacherConfig, work: Path, log: Path) -> WFVAEModel:
         vae.register_to_config(shift=latents.mean(axes).tolist(), scale=latents.std(axes).reciprocal().tolist())
         save_whole(vae, folder)
     return WFVAEModel.from_pretrained(folder, use_safetensors=True).eval()
+
+
+def train_decoder(vae: WFVAEModel, config: TeacherConfig, work: Path, log: Path) -> None:
+    """Sharpen what the decoder makes of whole frames, which it has hardly seen; the latents stay as they are."""
+    seed = config.seed + DECODER_SEED
+
+    def loss(step: int) -> Tensor:
+        videos = _vae_clips(4, seed, step, whole=True)
+        with torch.no_grad():
+            latents = vae.encode(videos).latent_dist.sample(torch.Generator().manual_seed(step))
+        return _pixel_loss(vae, latents, videos)
+
+    Stage("vae_decoder", vae.decoder, loss, config.decoder_steps, 1e-3, ema=0.998).run(
+        work / "vae_decoder", log, config.checkpoint_seconds
+    )
+
+
+def _pixel_loss(vae: WFVAEModel, latents: Tensor, videos: Tensor) -> Tensor:
+    error = vae.decode(latents).sample - videos
+    # The shape covers a few per cent of the pixels and is all there is to learn.
+    weight = 1 + 4 * (videos - tiny_shapes.BACKGROUND).abs().amax(1, keepdim=True).clamp(max=1)
+    return (weight * (error.abs() + error.square())).mean()
 
 
 def _vae_clips(batch: int, seed: int, step: int, *, whole: bool) -> Tensor:
@@ -382,6 +417,7 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
     for name, steps, rate, seed, focused in (
         ("transformer", config.transformer_steps, 1e-3, TRANSFORMER_SEED, False),
         ("transformer_detail", config.detail_steps, 7e-4, DETAIL_SEED, True),
+        ("transformer_final", config.final_steps, 7e-4, FINAL_SEED, True),
     ):
         step_loss = functools.partial(loss, seed=config.seed + seed, focused=focused)
         Stage(name, model, step_loss, steps, rate, ema=0.999, weight_decay=0.01).run(

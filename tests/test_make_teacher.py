@@ -74,8 +74,10 @@ def config(folder: Path, **values: Any) -> TeacherConfig:
         "evaluator_steps": 2,
         "text_steps": 2,
         "vae_steps": 2,
+        "decoder_steps": 2,
         "transformer_steps": 2,
         "detail_steps": 2,
+        "final_steps": 2,
         "num_latents": 5,
     }
     return TeacherConfig(output_dir=folder, evaluate=False, **{**steps, **values})
