@@ -45,9 +45,9 @@ from tdm_fast.schedule import Schedule
 from tdm_fast.text import PromptCache, word_tokenizer
 
 # The evaluation never sees these seeds: stages draw their clips from `seed` plus one of them.
-EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED, DETAIL_SEED, DECODER_SEED, FINAL_SEED = range(1, 8)
+EVALUATOR_SEED, VAE_SEED, LATENT_SEED, TRANSFORMER_SEED, DETAIL_SEED, DECODER_SEED = range(1, 7)
 MAX_SEED = 900
-STAGES = ("evaluator", "text", "vae", "decoder", "transformer", "detail", "final")
+STAGES = ("evaluator", "text", "vae", "decoder", "transformer", "detail")
 # Flags that a resumed run may change.
 FREE_FLAGS = {"output_dir", "checkpoint_seconds", "evaluate"}
 # Noise levels taken to decide the shape, which the first pass learns last: chosen by looking at samples, not swept.
@@ -56,14 +56,14 @@ DECISIVE_TIMESTEPS = (60, 560)
 VAE_CROPS = 0.92
 # What `tdm-fast train` starts from with this teacher; the public demo's own values are for far larger networks.
 TRAIN_DEFAULTS = {
-    "max_train_steps": 200,
+    "max_train_steps": 220,
     "train_batch_size": 32,
     "learning_rate": 5e-4,
     "student_learning_rate": 1e-4,
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 10,
     "ema_decay": 0.98,
-    "cfg": 2.0,
+    "cfg": 1.5,
 }
 
 
@@ -84,8 +84,6 @@ class TeacherConfig:
     """All noise levels alike."""
     detail_steps: int = 4000
     """Then half of every batch at the noise levels that decide the shape."""
-    final_steps: int = 6000
-    """And once more, on draws of its own."""
     num_latents: int = 144 * 128
     """Clips encoded once as the DiT's training set."""
     checkpoint_seconds: float = 60.0
@@ -417,7 +415,6 @@ def _transformer(config: TeacherConfig, latents: Tensor, cache: PromptCache, wor
     for name, steps, rate, seed, focused in (
         ("transformer", config.transformer_steps, 1e-3, TRANSFORMER_SEED, False),
         ("transformer_detail", config.detail_steps, 7e-4, DETAIL_SEED, True),
-        ("transformer_final", config.final_steps, 7e-4, FINAL_SEED, True),
     ):
         step_loss = functools.partial(loss, seed=config.seed + seed, focused=focused)
         Stage(name, model, step_loss, steps, rate, ema=0.999, weight_decay=0.01).run(

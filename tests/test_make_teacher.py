@@ -77,7 +77,6 @@ def config(folder: Path, **values: Any) -> TeacherConfig:
         "decoder_steps": 2,
         "transformer_steps": 2,
         "detail_steps": 2,
-        "final_steps": 2,
         "num_latents": 5,
     }
     return TeacherConfig(output_dir=folder, evaluate=False, **{**steps, **values})
