@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARMUP_ROUNDS = 3
+WARMUP_ROUNDS, WARMUP_SECONDS = 3, 0.3
 LARGE_COPY_FACTOR = 8
 
 
@@ -72,8 +72,11 @@ def _buffer(device: str) -> Tensor:
 
 def measure(run: Callable[[], Any], device: str, settings: Settings, *, wall: bool = False) -> Timing:
     """Time `run` on "cpu" or "cuda"; see the module's text."""
+    began = time.perf_counter()
     for _ in range(WARMUP_ROUNDS):
         run()
+        if time.perf_counter() - began > WARMUP_SECONDS:
+            break
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import bench_cases
@@ -11,6 +13,7 @@ import pytest
 import torch
 from bench_timing import Settings, last_level_cache
 
+HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -30,33 +33,58 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    option = metafunc.config.getoption
-    names = [name for name in option("--ops").split(",") if name] or [*bench_cases.OPS, "copy", "sample_intervals"]
-    dtypes = ["fp32"] if option("--matrix") == "tiny" else [name for name in option("--dtypes").split(",") if name]
-    for given, known in ((names, [*bench_cases.OPS, "copy", "sample_intervals"]), (dtypes, list(bench_cases.DTYPES))):
-        if unknown := sorted(set(given) - set(known)):
-            raise pytest.UsageError(f"{', '.join(unknown)}: unknown; there are {', '.join(known)}")
-    part = option("--compile-part")
-    if "case" in metafunc.fixturenames:
-        cases = bench_cases.latent_cases(option("--matrix"), DEVICE, names, dtypes)
-        if part:
-            index, count = (int(number) for number in part.split("/"))
-            cases = [case for case in cases if case.provider.startswith("compile")][index - 1 :: count]
-        metafunc.parametrize("case", cases, ids=str)
-    if "copied" in metafunc.fixturenames:
-        sizes = sorted({(case.latents, case.batch, case.dtype) for case in _all(option("--matrix"), dtypes)})
-        sizes += [("large", 1, dtype) for dtype in dtypes]
-        wanted = "copy" in names and not part
-        metafunc.parametrize("copied", sizes if wanted else [], ids=lambda size: f"copy-{size[0]}-B{size[1]}-{size[2]}")
-    if "draw" in metafunc.fixturenames:
-        batches = (64,) if option("--matrix") == "tiny" else bench_cases.INTERVAL_BATCHES
-        draws = [(size, name) for size in batches for name in ("torch", *bench_cases.ours("sample_intervals", DEVICE))]
-        wanted = "sample_intervals" in names and not part
-        metafunc.parametrize("draw", draws if wanted else [], ids=lambda d: f"sample_intervals-B{d[0]}-{d[1]}")
+    config, kinds = metafunc.config, {"case": _cases, "copied": _copies, "draw": _draws}
+    for name, (values, label) in ((name, kinds[name](config)) for name in kinds if name in metafunc.fixturenames):
+        if values:
+            metafunc.parametrize(name, values, ids=label)
 
 
-def _all(matrix: str, dtypes: list[str]) -> list[bench_cases.Case]:
-    return bench_cases.latent_cases(matrix, DEVICE, list(bench_cases.OPS), dtypes)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop the benchmarks that these options leave without a case."""
+    empty = [item for item in items if item.path.parent == HERE and not hasattr(item, "callspec")]
+    config.hook.pytest_deselected(items=empty)
+    items[:] = [item for item in items if item not in empty]
+
+
+def _names(config: pytest.Config, option: str, known: Sequence[str]) -> list[str]:
+    names = [name for name in config.getoption(option).split(",") if name] or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise pytest.UsageError(f"{option} has {', '.join(unknown)}; there are {', '.join(known)}")
+    return names
+
+
+def _ops(config: pytest.Config) -> list[str]:
+    return _names(config, "--ops", [*bench_cases.OPS, "copy", "sample_intervals"])
+
+
+def _dtypes(config: pytest.Config) -> list[str]:
+    names = _names(config, "--dtypes", list(bench_cases.DTYPES))
+    return names[:1] if config.getoption("--matrix") == "tiny" else names
+
+
+def _cases(config: pytest.Config) -> tuple[list[Any], Callable[[Any], str]]:
+    cases = bench_cases.latent_cases(config.getoption("--matrix"), DEVICE, _ops(config), _dtypes(config))
+    if part := config.getoption("--compile-part"):
+        index, count = (int(number) for number in part.split("/"))
+        cases = [case for case in cases if case.provider.startswith("compile")][index - 1 :: count]
+    return cases, str
+
+
+def _copies(config: pytest.Config) -> tuple[list[Any], Callable[[Any], str]]:
+    """The sizes of all latents that are measured, and one beyond the last-level cache per dtype."""
+    cases = bench_cases.latent_cases(config.getoption("--matrix"), DEVICE, list(bench_cases.OPS), _dtypes(config))
+    sizes = list(dict.fromkeys((case.latents, case.batch, case.dtype) for case in cases))
+    sizes += [("large", 1, dtype) for dtype in _dtypes(config)]
+    wanted = "copy" in _ops(config) and not config.getoption("--compile-part")
+    return sizes if wanted else [], lambda size: f"copy-{size[0]}-B{size[1]}-{size[2]}"
+
+
+def _draws(config: pytest.Config) -> tuple[list[Any], Callable[[Any], str]]:
+    batches = (64,) if config.getoption("--matrix") == "tiny" else bench_cases.INTERVAL_BATCHES
+    providers = ("torch", *bench_cases.ours("sample_intervals", DEVICE))
+    draws = [(batch, provider) for batch in batches for provider in providers]
+    wanted = "sample_intervals" in _ops(config) and not config.getoption("--compile-part")
+    return draws if wanted else [], lambda draw: f"sample_intervals-B{draw[0]}-{draw[1]}"
 
 
 @pytest.fixture(scope="session")
