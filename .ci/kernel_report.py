@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reads what ptxas said about the CUDA kernels: registers per kernel; fails at a spill, a stack frame or a missing kernel.
+"""Reads ptxas's report on the CUDA kernels: registers of each; fails at a spill, a stack frame or a missing kernel.
 
     NVCC_APPEND_FLAGS=-Xptxas=-v TDM_FAST_BUILD=cuda python setup.py build_ext --build-lib build > build.log
     .ci/kernel_report.py build.log csrc/cuda/*.cu
