@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../latent.h"
 #include "../maths.h"
 
@@ -49,9 +51,8 @@ struct alignas(16) Loaded<Mixed> {
   DType dtype;
 };
 
-// Of latents that all have dtype T and whole packs at 16-byte boundaries (`is_regular`).
 template <class T>
-TDM_FAST_INLINE Loaded<T> load(const Latent& latent, const Span& span) {
+TDM_FAST_INLINE Loaded<T> load_regular(const Latent& latent, const Span& span) {
   const T* p = static_cast<const T*>(latent.data) + span.sample * latent.batch_stride + span.begin;
   Loaded<T> loaded;
 #pragma unroll
@@ -61,8 +62,7 @@ TDM_FAST_INLINE Loaded<T> load(const Latent& latent, const Span& span) {
   return loaded;
 }
 
-template <>
-TDM_FAST_INLINE Loaded<Mixed> load<Mixed>(const Latent& latent, const Span& span) {
+TDM_FAST_INLINE Loaded<Mixed> load_mixed(const Latent& latent, const Span& span) {
   Loaded<Mixed> loaded;
   loaded.dtype = latent.dtype;
   const bool is_float = latent.dtype == DType::float32;
@@ -89,14 +89,23 @@ TDM_FAST_INLINE Loaded<Mixed> load<Mixed>(const Latent& latent, const Span& span
   return loaded;
 }
 
+// T other than Mixed: of a latent that has dtype T and is regular (`is_regular` in launch.cuh).
+template <class T>
+TDM_FAST_INLINE Loaded<T> load(const Latent& latent, const Span& span) {
+  if constexpr (std::is_same_v<T, Mixed>) {
+    return load_mixed(latent, span);
+  } else {
+    return load_regular<T>(latent, span);
+  }
+}
+
 // Element j, 0 from `count` on where the kernel is the mixed one.
 template <class T>
 TDM_FAST_INLINE float element(const Loaded<T>& loaded, int j) {
   return to_float(loaded.values[j]);
 }
 
-template <>
-TDM_FAST_INLINE float element<Mixed>(const Loaded<Mixed>& loaded, int j) {
+TDM_FAST_INLINE float element(const Loaded<Mixed>& loaded, int j) {
   if (loaded.dtype == DType::float32) return float_from_bits(loaded.words[j]);
   const uint16_t bits = static_cast<uint16_t>(loaded.words[j / 2] >> (16 * (j % 2)));
   return loaded.dtype == DType::bfloat16 ? to_float(BFloat16{bits}) : to_float(Half{bits});

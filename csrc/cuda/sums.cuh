@@ -50,17 +50,16 @@ constexpr int finish_threads = 1024;
 // total, and total(value), called once. Of the block's 32 warps `warps_per_sample` work on one sample at a time.
 template <int sums, class Finish>
 __global__ void __launch_bounds__(finish_threads)
-    finish_kernel(const double* slots, Shape shape, int warps_per_sample, Finish finish) {
+    finish_kernel(const double* slots, int64_t batch, int64_t chunks, int warps_per_sample, Finish finish) {
   constexpr int warps = finish_threads / warp;
   __shared__ double partial[warps][sums];
   const int thread = static_cast<int>(threadIdx.x), groups = warps / warps_per_sample;
   const int group = thread / (warp * warps_per_sample), within = thread % (warp * warps_per_sample);
-  const int64_t chunks = chunks_per_sample(shape.per_sample);
   double total = 0;
-  for (int64_t first = 0; first < shape.batch; first += groups) {
+  for (int64_t first = 0; first < batch; first += groups) {
     const int64_t b = first + group;
     double values[sums] = {};
-    if (b < shape.batch) {
+    if (b < batch) {
       for (int64_t chunk = within; chunk < chunks; chunk += warp * warps_per_sample) {
 #pragma unroll
         for (int s = 0; s < sums; ++s) values[s] += slots[(b * chunks + chunk) * sums + s];
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(finish_threads)
       if (thread % warp == 0) partial[thread / warp][s] = sum;
     }
     __syncthreads();
-    if (b < shape.batch && within == 0) {
+    if (b < batch && within == 0) {
       double whole[sums] = {};
       for (int w = 0; w < warps_per_sample; ++w) {
 #pragma unroll
@@ -96,7 +95,8 @@ template <int sums, class Finish>
 const char* start_finish(const double* slots, Shape shape, const Finish& finish, void* stream) {
   int warps_per_sample = 1;
   while (2 * warps_per_sample * shape.batch <= finish_threads / warp) warps_per_sample *= 2;
-  return start(finish_kernel<sums, Finish>, 1, finish_threads, stream, slots, shape, warps_per_sample, finish);
+  const int64_t chunks = chunks_per_sample(shape.per_sample);
+  return start(finish_kernel<sums, Finish>, 1, finish_threads, stream, slots, shape.batch, chunks, warps_per_sample, finish);
 }
 
 }  // namespace cuda
