@@ -36,9 +36,19 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def residual_dtype(differentiated: Tensor, bounded: bool) -> torch.dtype:
-    """The dtype of a loss's residual: the differentiated input's, unless it is float16 and could overflow."""
-    return torch.float32 if differentiated.dtype == torch.float16 and not bounded else differentiated.dtype
+def loss_outputs(differentiated: Tensor, bounded: bool, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised `(loss, residual, scale)` of a loss of latents `[B, ...]`: a scalar, `[B, ...]` and `[B]`.
+
+    The residual has the input's dtype, or float32 where it is not `bounded` and could overflow float16; it is empty
+    without `with_gradient`.
+    """
+    device, dtype = differentiated.device, differentiated.dtype
+    if dtype == torch.float16 and not bounded:
+        dtype = torch.float32
+    shape = differentiated.shape if with_gradient else (0,)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    scale = torch.empty(differentiated.shape[:1], dtype=torch.float32, device=device)
+    return loss, torch.empty(shape, dtype=dtype, device=device), scale
 
 
 @triton.jit
@@ -58,6 +68,12 @@ def load(latents, index, batch_stride, within, mask, ELEMENT: tl.constexpr):
 def entry(table, t, length):
     """The table's float32 value at a timestep, NaN outside it: nothing may be read there."""
     return tl.load(table + t, mask=(t >= 0) & (t < length), other=float("nan"))
+
+
+@triton.jit
+def entry_or_clean(table, t, length, clean):
+    """As above, with `clean` at t = -1, which stands for data without noise."""
+    return tl.where(t == -1, clean, entry(table, t, length))
 
 
 @triton.jit

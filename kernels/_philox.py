@@ -63,7 +63,7 @@ def _minus_log(word):
 
 
 @triton.jit
-def _box_muller(radius_word, angle_word):
+def box_muller(radius_word, angle_word):
     """(r cos a, r sin a) with r = sqrt(-2 ln u), a = 2 pi u', u and u' the words plus 0.5 over 2^32."""
     r = tl.sqrt_rn(2.0 * _minus_log(radius_word))
     # The angle as an octant and x in (0, 1), a = (octant + x) pi / 4; odd octants are mirrored. All in integers.
@@ -93,6 +93,6 @@ def normals(start, sample, seed, iteration, stream, PURPOSE: tl.constexpr, BLOCK
     """Standard normals, float32 `[BLOCK]`, of the elements from `start` on, a multiple of 4."""
     element = start + 4 * tl.arange(0, BLOCK // 4).to(tl.int64)
     w0, w1, w2, w3 = words(element, sample, seed, iteration, stream, PURPOSE)
-    n0, n1 = _box_muller(w0, w1)
-    n2, n3 = _box_muller(w2, w3)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
