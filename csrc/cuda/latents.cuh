@@ -111,20 +111,37 @@ TDM_FAST_INLINE float element(const Loaded<Mixed>& loaded, int j) {
   return loaded.dtype == DType::bfloat16 ? to_float(BFloat16{bits}) : to_float(Half{bits});
 }
 
+// Elements 2i and 2i + 1 of 16 bits as they lie in one word of memory.
+template <class T>
+TDM_FAST_INLINE uint32_t word_of(const T& low, const T& high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
+// Streaming stores keep the inputs in the cache, and cannot be taken apart: nvcc 13 splits an assignment of 16 bytes in two to four
+// when the same elements are stored one by one in another branch.
+TDM_FAST_INLINE void store_pack(float* p, const float (&v)[pack]) {
+  uint4* packs = reinterpret_cast<uint4*>(p);
+  __stcs(packs, {float_bits(v[0]), float_bits(v[1]), float_bits(v[2]), float_bits(v[3])});
+  __stcs(packs + 1, {float_bits(v[4]), float_bits(v[5]), float_bits(v[6]), float_bits(v[7])});
+}
+
+template <class T>
+TDM_FAST_INLINE void store_pack(T* p, const T (&v)[pack]) {
+  __stcs(reinterpret_cast<uint4*>(p),
+         {word_of(v[0], v[1]), word_of(v[2], v[3]), word_of(v[4], v[5]), word_of(v[6], v[7])});
+}
+
 template <class T>
 TDM_FAST_INLINE void store_as(T* p, int count, const float (&values)[pack]) {
-  Loaded<T> packed;
+  T converted[pack];
 #pragma unroll
-  for (int j = 0; j < pack; ++j) from_float(values[j], packed.values[j]);
+  for (int j = 0; j < pack; ++j) from_float(values[j], converted[j]);
   if (count == pack && on_16_bytes(p)) {
-#pragma unroll
-    for (unsigned i = 0; i < sizeof(packed) / sizeof(uint4); ++i) {
-      reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(&packed)[i];
-    }
+    store_pack(p, converted);
   } else {
 #pragma unroll
     for (int j = 0; j < pack; ++j) {
-      if (j < count) p[j] = packed.values[j];
+      if (j < count) p[j] = converted[j];
     }
   }
 }
