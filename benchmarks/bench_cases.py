@@ -240,18 +240,20 @@ class Prepared:
     upstream: list[Tensor] = field(default_factory=list)
 
     def run(self) -> Any:
-        op = OPS[self.case.op]
         if self.case.mode == "forward":
-            with torch.no_grad():
-                return self.call(self.inputs, self.per_sample)
-        output = self.result()
-        leaves = [self.inputs[index] for index in op.leaves]
-        return torch.autograd.grad(output, leaves, self.upstream or None)
+            return self._forward()
+        leaves = [self.inputs[index] for index in OPS[self.case.op].leaves]
+        return torch.autograd.grad(self.result(), leaves, self.upstream or None)
 
     def result(self) -> Tensor:
         """The first result that has a gradient."""
-        value = self.call(self.inputs, self.per_sample)
+        value = self._forward()
         return value[OPS[self.case.op].output] if isinstance(value, tuple) else value
+
+    def _forward(self) -> Any:
+        # Always in the mode that is measured: torch.compile would compile the other one too.
+        with torch.set_grad_enabled(self.case.mode != "forward"):
+            return self.call(self.inputs, self.per_sample)
 
 
 def prepare(case: Case, device: str) -> Prepared:

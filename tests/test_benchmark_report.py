@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ REPORT = runpy.run_path(str(ROOT / "benchmarks/report"))
 RUN_GPU = runpy.run_path(str(ROOT / "benchmarks/run_gpu"))
 
 
-def entry(provider: str, seconds: float, op: str = "tdm_loss", batch: int = 1, **info: Any) -> dict[str, Any]:
+def entry(
+    provider: str, seconds: float, op: str = "tdm_loss", batch: int = 1, spread: float = 1.2, **info: Any
+) -> dict[str, Any]:
     key = {"op": op, "mode": "forward+backward", "latents": "opensora-93x640x640", "batch": batch, "dtype": "fp32"}
     moved = 24_576_000
     speeds = {"gb_per_s": moved / seconds / 1e9, "copy_gb_per_s": 20.0, "large_copy_gb_per_s": 10.0}
     shares = {"share_of_copy": speeds["gb_per_s"] / 20, "share_of_large_copy": speeds["gb_per_s"] / 10}
     return {
-        "stats": {"median": seconds},
+        "stats": {"median": seconds, "q1": 0.9 * seconds, "q3": spread * 0.9 * seconds},
         "extra_info": {**key, "provider": provider, "bytes": moved, **speeds, **shares, **info},
     }
 
@@ -57,6 +60,9 @@ def test_the_table_has_times_speeds_and_ratios(data: dict[str, Any]) -> None:
     cells = [cell.strip() for cell in line.split("|")[4:-1]]
     assert cells == ["fp32", "50 ms", "4 ms", "cpp", "2 ms", "12.3", "0.61", "1.23", "25.0", "2.00"]
     assert "| opensora-93x640x640 | 1 | fp32 | 500 µs | 49.2 |" in text
+    assert "Noise: in 0 of 8 measurements" in text
+    data["benchmarks"][3] = entry("cpp", 0.002, spread=1.6)
+    assert "Noise: in 1 of 8 measurements" in REPORT["markdown"](data)
 
 
 def test_the_table_says_where_ours_is_not_faster_than_compile(data: dict[str, Any]) -> None:
@@ -172,6 +178,33 @@ def test_parts_are_merged_with_the_commit_and_the_steps(data: dict[str, Any], tm
     assert [item["extra_info"]["provider"] for item in merged["benchmarks"]][:3] == ["copy", "torch", "compile"]
     assert merged["commit_info"]["id"] == "def456" and merged["steps"] == steps
     assert RUN_GPU["merge"](tmp_path / "none", {}, []) is None
+
+
+def test_carried_wheels_are_unpacked_for_what_is_missing_alone(tmp_path: Path) -> None:
+    folder, name = tmp_path / "wheels", "tdm_fast_carried"
+    folder.mkdir()
+    (folder / f"torch-{torch.__version__}-py3-none-any.whl").write_text("here already: never opened")
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "answer = 42\n")
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
+    run = start(tmp_path)
+    RUN_GPU["carried_packages"](folder, tmp_path / "packages", run)
+    assert run.commands("import", [[sys.executable, "-c", f"import {name}; print({name}.answer)"]], 60)
+    assert [step["result"] for step in run.steps] == ["passed", "passed: 42"]
+
+
+def test_gpu_tests_that_lack_a_module_are_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    for name, module in (("here", "json"), ("absent", "tdm_fast_no_such_module")):
+        text = f"import {module}\nimport pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
+        (tmp_path / "tests" / f"test_{name}.py").write_text(text)
+    monkeypatch.setitem(RUN_GPU["gpu_tests"].__globals__, "ROOT", tmp_path)
+    run = start(tmp_path)
+    RUN_GPU["gpu_tests"](run)
+    assert "test_absent.py: tdm_fast_no_such_module is not installed" in run.steps[0]["result"]
+    assert run.steps[1]["result"].startswith("passed: 1 passed")
 
 
 def test_without_a_gpu_the_command_refuses_and_names_the_dry_run(tmp_path: Path) -> None:
