@@ -22,3 +22,8 @@ def rows(tensor: Tensor) -> tuple[Tensor, int, int]:
         tensor = tensor.contiguous()
         contiguous = True
     return tensor, tensor.stride(0), 1 if contiguous else 0
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """`tensor`, copied only if `rows` would: what the native ops take."""
+    return tensor if tensor.is_contiguous() else rows(tensor)[0]
