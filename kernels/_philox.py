@@ -8,17 +8,52 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+DRAW = ("seed_low", "seed_high", "iteration", "stream", "sample_offset")
+"""The kernels' arguments that `draw_words` makes; no value of theirs is worth a kernel of its own."""
+
+
+def draw_words(
+    seed_tensor: Tensor | None,
+    iteration_tensor: Tensor | None,
+    seed: int,
+    iteration: int,
+    stream: int,
+    sample_offset: int,
+) -> tuple[Tensor | None, Tensor | None, int, int, int, int, int]:
+    """A kernel's arguments for its draw: both tensors, then seed (low, high), iteration, stream, offset as words.
+
+    A word is passed as the int32 of the same bits: Triton compiles a kernel anew where an int needs another type.
+    """
+    low, high, iteration, sample_offset = (
+        (word + (1 << 31)) % (1 << 32) - (1 << 31) for word in (seed, seed >> 32, iteration, sample_offset)
+    )
+    return seed_tensor, iteration_tensor, low, high, iteration, stream, sample_offset
 
 
 @triton.jit
-def words(element, sample, seed, iteration, stream, PURPOSE: tl.constexpr):
-    """The four words of each block: `element` int64 `[n]` (a block's first), the others int64 scalars."""
-    c0 = (element // 4).to(tl.uint32)
+def draw_of(seed_tensor, iteration_tensor, seed_low, seed_high, iteration):
+    """(seed_low, seed_high, iteration) as uint32: a tensor, where there is one, holds what counts."""
+    if seed_tensor is not None:
+        seed = tl.load(seed_tensor)
+        low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    else:
+        low, high = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    if iteration_tensor is not None:
+        count = tl.load(iteration_tensor).to(tl.uint32)
+    else:
+        count = iteration.to(tl.uint32)
+    return low, high, count
+
+
+@triton.jit
+def words(block, sample, k0, k1, iteration, stream, PURPOSE: tl.constexpr):
+    """The four words of each block, which belong to elements 4 * block and on; `sample` int64, the key uint32."""
+    c0 = block.to(tl.uint32)
     c1 = sample.to(tl.uint32)
-    c2 = iteration.to(tl.uint32)
+    c2 = iteration
     c3 = (stream | PURPOSE << 16).to(tl.uint32)
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     for _ in tl.static_range(10):
         first, third = c0, c2
         c0 = tl.umulhi(0xCD9E8D57, third) ^ c1 ^ k0
@@ -89,10 +124,10 @@ def box_muller(radius_word, angle_word):
 
 
 @triton.jit
-def normals(start, sample, seed, iteration, stream, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+def normals(start, sample, k0, k1, iteration, stream, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
     """Standard normals, float32 `[BLOCK]`, of the elements from `start` on, a multiple of 4."""
-    element = start + 4 * tl.arange(0, BLOCK // 4).to(tl.int64)
-    w0, w1, w2, w3 = words(element, sample, seed, iteration, stream, PURPOSE)
+    block = start // 4 + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = words(block, sample, k0, k1, iteration, stream, PURPOSE)
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))

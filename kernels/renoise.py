@@ -25,12 +25,12 @@ from tdm_fast.kernels._latents import (
     place,
     row_sums,
 )
-from tdm_fast.kernels._philox import normals
+from tdm_fast.kernels._philox import DRAW, draw_of, draw_words, normals
 from tdm_fast.ops._rows import rows
 from tdm_fast.philox import Purpose
 
 
-@triton.jit(do_not_specialize=["seed", "iteration", "stream", "sample_offset", "length", "chunks", "programs"])
+@triton.jit(do_not_specialize=[*DRAW, "length", "chunks", "programs"])
 def _renoise_kernel(
     sample,
     model_output,
@@ -50,7 +50,8 @@ def _renoise_kernel(
     length,
     seed_tensor,
     iteration_tensor,
-    seed,
+    seed_low,
+    seed_high,
     iteration,
     stream,
     sample_offset,
@@ -82,10 +83,7 @@ def _renoise_kernel(
     variance = sigma * sigma - kept * kept
     beta = tl.sqrt_rn(tl.where(variance < 0.0, 0.0, variance))
     if noise is None:
-        if seed_tensor is not None:
-            seed = tl.load(seed_tensor)
-        if iteration_tensor is not None:
-            iteration = tl.load(iteration_tensor)
+        k0, k1, count = draw_of(seed_tensor, iteration_tensor, seed_low, seed_high, iteration)
     noise_squares, mixed_squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     # Not unrolled: Philox is ten rounds of straight code as it is.
     for run in range(RUNS):
@@ -95,7 +93,7 @@ def _renoise_kernel(
         x = load(sample, index, sample_stride, within, mask, SAMPLE_ELEMENT)
         out = load(model_output, index, output_stride, within, mask, OUTPUT_ELEMENT)
         if noise is None:
-            n = normals(first, sample_offset + index, seed, iteration, stream, PURPOSE, BLOCK)
+            n = normals(first, sample_offset + index, k0, k1, count, stream, PURPOSE, BLOCK)
         else:
             n = load(noise, index, noise_stride, within, mask, NOISE_ELEMENT)
         clean, eps = a * x + b * out, c * x + d * out
@@ -162,7 +160,7 @@ def renoise(
         _renoise_kernel[grid](
             x, out, given, noisy, x0, slots, a, b, c, d, alpha, sigma,
             t_gen.contiguous(), t_mid.contiguous(), t.contiguous(), a.shape[0],
-            seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset,
+            *draw_words(seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset),
             x_stride, out_stride, noise_stride, per_sample, chunks, *grid,
             x_element, out_element, noise_element, int(Purpose.RENOISE), BLOCK, RUNS, **ROUND_AS_WRITTEN,
         )  # fmt: skip

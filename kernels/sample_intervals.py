@@ -7,26 +7,23 @@ import triton.language as tl
 from torch import Tensor
 
 from tdm_fast.kernels._latents import on_device
-from tdm_fast.kernels._philox import bounded, words
+from tdm_fast.kernels._philox import DRAW, bounded, draw_of, draw_words, words
 from tdm_fast.philox import Purpose
 
 _BLOCK = 128
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("seed", "iteration", "total_steps", "stream", "sample_offset", "min_timestep", "margin", "mid_gap", "batch"),
-    ]
-)
+@triton.jit(do_not_specialize=[*DRAW, "total_steps", "min_timestep", "margin", "mid_gap", "batch"])
 def _sample_intervals_kernel(
     out,
     seed_tensor,
     iteration_tensor,
-    seed,
+    seed_low,
+    seed_high,
     iteration,
-    total_steps,
     stream,
     sample_offset,
+    total_steps,
     min_timestep,
     margin,
     mid_gap,
@@ -38,13 +35,10 @@ def _sample_intervals_kernel(
     BLOCK: tl.constexpr,
 ):
     """Of the sample's first Philox block word 0 gives k, word 1 t_mid and word 2 t."""
-    if seed_tensor is not None:
-        seed = tl.load(seed_tensor)
-    if iteration_tensor is not None:
-        iteration = tl.load(iteration_tensor)
+    k0, k1, count = draw_of(seed_tensor, iteration_tensor, seed_low, seed_high, iteration)
     index = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     mask = index < batch
-    first, second, third, _ = words(index * 0, sample_offset + index, seed, iteration, stream, PURPOSE)
+    first, second, third, _ = words(index * 0, sample_offset + index, k0, k1, count, stream, PURPOSE)
     COUNT: tl.constexpr = len(NODES)
     k = 1 + bounded(first, COUNT)
     # Selecting among constants: a table would have to be copied to the device first.
@@ -92,6 +86,6 @@ def sample_intervals(
         return
     with on_device(out):
         _sample_intervals_kernel[(triton.cdiv(batch, _BLOCK),)](
-            out, seed_tensor, iteration_tensor, seed, iteration, total_steps, stream, sample_offset,
-            min_timestep, margin, mid_gap, batch, tuple(nodes), separate, randmid, int(Purpose.INTERVALS), _BLOCK,
+            out, *draw_words(seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset),
+            total_steps, min_timestep, margin, mid_gap, batch, tuple(nodes), separate, randmid, int(Purpose.INTERVALS), _BLOCK,
         )  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tdm_fast import ops
+from tdm_fast.ops.sample_intervals import resolve_nodes
 from tdm_fast.philox import Purpose, randn
 from tdm_fast.schedule import Schedule
 
@@ -401,7 +402,7 @@ def run_intervals(batch: int, settings: dict[str, Any], as_tensors: bool) -> Ten
         **{"seed": 0, "iteration": 0, "stream": 0, "sample_offset": 0, "separate": True, "randmid": False},
         **{"min_timestep": 20, "margin": 10, "mid_gap": 20, "nodes": None, **settings},
     }
-    nodes = ops.sample_intervals.resolve_nodes(given["num_steps"], given["total_steps"], given["nodes"])
+    nodes = resolve_nodes(given["num_steps"], given["total_steps"], given["nodes"])
     seed, iteration = (given["seed"] + (1 << 63)) % (1 << 64) - (1 << 63), given["iteration"] & 0xFFFFFFFF
     tensors: list[Tensor | None] = [None, None]
     if as_tensors:
@@ -464,6 +465,7 @@ def test_box_muller_at_the_edges() -> None:
     import triton
     import triton.language as tl
 
+    global box_muller  # where a kernel looks names up
     box_muller = importlib.import_module("tdm_fast.kernels._philox").box_muller
 
     @triton.jit
