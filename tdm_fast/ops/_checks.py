@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -41,7 +39,8 @@ def one_per_sample(name: str, values: Tensor, latents: Tensor, *, integer: bool 
 
 def positive(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a number above 0; infinity counts."""
-    if math.isnan(value) or value <= 0:
+    # Written so that NaN fails too, without math.isnan, which torch.compile cannot trace on a dynamic float.
+    if not value > 0:
         raise ValueError(f"{name} is {value}; it must be a number above 0")
 
 
