@@ -43,6 +43,8 @@ TDM_FAST_INLINE Words philox(const PhiloxKey& key, uint32_t block) {
   uint32_t k0 = key.seed_low, k1 = key.seed_high;
 #ifdef __CUDACC__
 #pragma unroll
+#else
+#pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t left = static_cast<uint64_t>(c0) * 0xD2511F53u, right = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
@@ -73,10 +75,11 @@ TDM_FAST_INLINE float normal_radius(uint32_t word) {
   const int32_t shifted = static_cast<int32_t>(float_bits(scaled) - 0x3f3504f3u);
   const int32_t exponent = shifted >> 23;
   const float mantissa = float_from_bits(float_bits(scaled) - (static_cast<uint32_t>(exponent) << 23));
-  const float near_one = -((word_to_float(~word) + 0.5f) * 0x1p-32f);
-  const bool is_near_one = exponent >= 0;
-  const float f = is_near_one ? near_one : mantissa - 1.0f;
-  const float e = is_near_one ? 0.0f : static_cast<float>(exponent);
+  // Both are computed, then one is chosen: a branch would keep the compiler from vector code.
+  const float above = -((word_to_float(~word) + 0.5f) * 0x1p-32f), below = mantissa - 1.0f;
+  const float below_exponent = static_cast<float>(exponent);
+  const float f = exponent >= 0 ? above : below;
+  const float e = exponent >= 0 ? 0.0f : below_exponent;
   // ln(1 + f) = f - f^2/2 + f^3 p(f): p is a Chebyshev fit on [sqrt(1/2) - 1, sqrt(2) - 1].
   float p = 0.06971611471f;
   p = multiply_add(p, f, -0.1147973385f);

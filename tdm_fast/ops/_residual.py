@@ -92,11 +92,15 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     """Set up a loss op `(latents, ..., backend) -> (loss, residual, scale)`, differentiable in its first argument."""
     _, residual, scale = output
     ctx.mark_non_differentiable(residual, scale)
+    # Otherwise every backward would be handed zeros of the residual's size.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(residual, scale)
     ctx.dtype, ctx.backend, ctx.others = inputs[0].dtype, inputs[-1], len(inputs) - 1
 
 
-def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """The backward of such an op."""
     residual, scale = ctx.saved_tensors
+    if grad_loss is None or not ctx.needs_input_grad[0]:
+        return None, *[None] * ctx.others
     return scale_gradient(residual, scale, grad_loss, ctx.dtype, ctx.backend), *[None] * ctx.others

@@ -116,12 +116,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.target_dtype = inputs[1].dtype
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     residual, scale = ctx.saved_tensors
     to_input = to_target = None
-    if ctx.needs_input_grad[0]:
+    if grad is not None and ctx.needs_input_grad[0]:
         to_input = _residual.scale_gradient(residual, scale, grad, ctx.dtype, ctx.backend)
-    if ctx.needs_input_grad[1]:
+    if grad is not None and ctx.needs_input_grad[1]:
         to_target = _residual.scale_gradient(residual, -scale, grad, ctx.target_dtype, ctx.backend)
     return to_input, to_target, *[None] * 5
 

@@ -184,11 +184,14 @@ def _(sample: Tensor, model_output: Tensor, *others: Any) -> tuple[Tensor, Tenso
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     noisy, _, log_weight = output
     ctx.mark_non_differentiable(noisy, log_weight)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[3], inputs[8])
     ctx.dtype, ctx.compute = inputs[1].dtype, compute_dtype(*inputs[:2])
 
 
-def _backward(ctx: Any, grad_noisy: Tensor, grad_x0: Tensor, grad_log_weight: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, _noisy: None, grad_x0: Tensor | None, _log_weight: None) -> tuple[Tensor | None, ...]:
+    if grad_x0 is None:
+        return (*[None] * 19,)
     b, t_gen = ctx.saved_tensors
     (scale,) = at_timesteps((b,), t_gen, grad_x0.ndim, ctx.compute)
     return None, (scale * grad_x0).to(ctx.dtype), *[None] * 17
