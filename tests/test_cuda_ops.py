@@ -255,3 +255,20 @@ def test_opcheck(name: str, device: str) -> None:
         for function, args in recorder.calls:
             first = args[0].detach().requires_grad_("scale_gradient" not in str(function))
             torch.library.opcheck(function, (first, *args[1:]))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "step" in name or "renoise" in name or "outputs" in name])
+def test_timesteps_outside_the_tables_give_nan(name: str, device: str) -> None:
+    """Past the public functions, which refuse them on the CPU; the GPU's memory there is nobody's."""
+    latents = [normal((3, 40), torch.float32, seed).to(device) for seed in range(CASES[name].latents)]
+    with Recorder() as recorder, torch.no_grad():
+        CASES[name].run(*latents, backend="cuda")
+    ((function, args),) = recorder.calls
+    run = getattr(torch.ops.tdm_fast_cuda, function._schema.name.split("::")[1])
+    timesteps = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.dtype == torch.int64]
+    assert timesteps
+    for i, outside in itertools.product(timesteps, (1000, 1 << 40, -7, -(1 << 40))):
+        # The last argument is the backend's name.
+        outputs = run(*args[:i], torch.full_like(args[i], outside), *args[i + 1 : -1])
+        value = outputs if isinstance(outputs, Tensor) else outputs[0]
+        assert value.isnan().all()
