@@ -39,11 +39,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 def loss_outputs(differentiated: Tensor, bounded: bool, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised `(loss, residual, scale)` of a loss of latents `[B, ...]`: a scalar, `[B, ...]` and `[B]`.
 
-    The residual has the input's dtype, or float32 where it is not `bounded` and could overflow float16; it is empty
-    without `with_gradient`.
+    The residual has the input's dtype, or float32 where it is not `bounded` and could overflow float16; without
+    `with_gradient` it is empty and float32.
     """
     device, dtype = differentiated.device, differentiated.dtype
-    if dtype == torch.float16 and not bounded:
+    if not with_gradient or (dtype == torch.float16 and not bounded):
         dtype = torch.float32
     shape = differentiated.shape if with_gradient else (0,)
     loss = torch.empty((), dtype=torch.float32, device=device)
@@ -60,8 +60,11 @@ def place(chunks, CHUNK: tl.constexpr):
 
 @triton.jit
 def load(latents, index, batch_stride, within, mask, ELEMENT: tl.constexpr):
-    """Elements `within` of sample `index` as float32, 0 outside the mask."""
-    return tl.load(latents + index * batch_stride + within * ELEMENT, mask=mask, other=0).to(tl.float32)
+    """Elements `within` of sample `index` as float32; what lies outside the mask is to be ignored."""
+    if ELEMENT == 0:
+        return tl.broadcast_to(tl.load(latents + index * batch_stride).to(tl.float32), mask.shape)
+    else:
+        return tl.load(latents + index * batch_stride + within, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit

@@ -55,11 +55,10 @@ def words(block, sample, k0, k1, iteration, stream, PURPOSE: tl.constexpr):
     c2 = iteration
     c3 = (stream | PURPOSE << 16).to(tl.uint32)
     for _ in tl.static_range(10):
-        first, third = c0, c2
-        c0 = tl.umulhi(0xCD9E8D57, third) ^ c1 ^ k0
-        c1 = tl.mul(0xCD9E8D57, third, sanitize_overflow=False)
-        c2 = tl.umulhi(0xD2511F53, first) ^ c3 ^ k1
-        c3 = tl.mul(0xD2511F53, first, sanitize_overflow=False)
+        # 64-bit products: one wide multiplication each, where high and low words apart would be two.
+        left, right = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (right >> 32).to(tl.uint32) ^ c1 ^ k0, right.to(tl.uint32)
+        c2, c3 = (left >> 32).to(tl.uint32) ^ c3 ^ k1, left.to(tl.uint32)
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3

@@ -133,5 +133,8 @@ def pseudo_huber(
             x, y, residual if with_gradient else None, value if reduction == "none" else None, slots, weight,
             c, c**2, x_stride, y_stride, per_sample, chunks, x_element, y_element, BLOCK, RUNS, **ROUND_AS_WRITTEN,
         )  # fmt: skip
-        _finish_kernel[(1,)](slots, value, scale, weight, input.shape[0], per_sample, chunks, reduction, ROWS, COLUMNS)
+        _finish_kernel[(1,)](
+            slots, value, scale, weight, input.shape[0], per_sample, chunks, reduction, ROWS, COLUMNS,
+            **ROUND_AS_WRITTEN,
+        )  # fmt: skip
     return value, residual, scale

@@ -99,7 +99,7 @@ def _renoise_kernel(
         clean, eps = a * x + b * out, c * x + d * out
         fresh = beta * n
         moved = ratio * (alpha_mid * clean + sigma_mid * eps) + fresh
-        mixed = tl.div_rn(kept * eps + fresh, sigma + tl.zeros((BLOCK,), tl.float32))
+        mixed = kept * eps + fresh
         tl.store(noisy + index * per_sample + within, moved.to(noisy.dtype.element_ty), mask=mask)
         tl.store(x0 + index * per_sample + within, clean.to(x0.dtype.element_ty), mask=mask)
         noise_squares += tl.where(mask, n * n, 0.0)
@@ -108,16 +108,28 @@ def _renoise_kernel(
     tl.store(slots + programs + tl.program_id(0), tl.sum(mixed_squares.to(tl.float64)))
 
 
-@triton.jit(do_not_specialize=["batch", "per_sample", "chunks", "programs"])
+@triton.jit(do_not_specialize=["length", "batch", "per_sample", "chunks", "programs"])
 def _log_weight_kernel(
-    slots, log_weight, batch, per_sample, chunks, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    slots,
+    log_weight,
+    table_sigma,
+    timesteps,
+    length,
+    batch,
+    per_sample,
+    chunks,
+    programs,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """log_weight = (mean n^2 - mean m^2) / 2."""
+    """log_weight = (mean n^2 - mean m^2) / 2; the slots hold the squares of n and of sigma m."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     mask = row < batch
+    t = tl.load(timesteps + row, mask=mask, other=0)
+    sigma = entry_or_clean(table_sigma, t, length, 0.0).to(tl.float64)
     of_noise = row_sums(slots, row, mask, chunks, ROWS, COLUMNS)
     of_mixed = row_sums(slots + programs, row, mask, chunks, ROWS, COLUMNS)
-    value = (of_noise / per_sample - of_mixed / per_sample) * 0.5
+    value = (of_noise / per_sample - of_mixed / per_sample / (sigma * sigma)) * 0.5
     tl.store(log_weight + row, value.to(tl.float32), mask=mask)
 
 
@@ -156,15 +168,16 @@ def renoise(
     out, out_stride, out_element = rows(model_output)
     given, noise_stride, noise_element = (None, 0, 0) if noise is None else rows(noise)
     slots = torch.empty(2, *grid, dtype=torch.float64, device=sample.device)
+    t_gen, t_mid, t, length = t_gen.contiguous(), t_mid.contiguous(), t.contiguous(), a.shape[0]
     with on_device(sample):
         _renoise_kernel[grid](
             x, out, given, noisy, x0, slots, a, b, c, d, alpha, sigma,
-            t_gen.contiguous(), t_mid.contiguous(), t.contiguous(), a.shape[0],
+            t_gen, t_mid, t, length,
             *draw_words(seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset),
             x_stride, out_stride, noise_stride, per_sample, chunks, *grid,
             x_element, out_element, noise_element, int(Purpose.RENOISE), BLOCK, RUNS, **ROUND_AS_WRITTEN,
         )  # fmt: skip
         _log_weight_kernel[(triton.cdiv(batch, ROWS),)](
-            slots, log_weight, batch, per_sample, chunks, *grid, ROWS, COLUMNS
+            slots, log_weight, sigma, t, length, batch, per_sample, chunks, *grid, ROWS, COLUMNS, **ROUND_AS_WRITTEN
         )
     return noisy, x0, log_weight

@@ -285,5 +285,5 @@ def _finish(
 ) -> None:
     _finish_kernel[(1,)](
         slots, loss, scale, *table, batch, per_sample, chunks, batch * chunks,
-        huber_c is None, WEIGHT_FLOOR, ROWS, COLUMNS,
+        huber_c is None, WEIGHT_FLOOR, ROWS, COLUMNS, **ROUND_AS_WRITTEN,
     )  # fmt: skip

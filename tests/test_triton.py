@@ -28,8 +28,8 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Odd sizes around a program's block (1024) and chunk (4096); ten samples are more than a tile of the second pass.
-SIZES: tuple[tuple[int, ...], ...] = ((1, 1), (10, 7), (2, 1023), (1, 4097), (2, 3, 5, 7), (3,))
+# Odd sizes around a program's block (1024) and chunk (4096); nine samples are more than a tile of the second pass.
+SIZES: tuple[tuple[int, ...], ...] = ((1, 1), (9, 7), (2, 1023), (1, 4097), (2, 3, 5, 7), (3,))
 if not INTERPRETED:
     SIZES += ((3, 40000), (2, 16, 13, 60, 90), (1, (1 << 22) + 3), (300, 5))
 SCHEDULES = {
@@ -38,9 +38,6 @@ SCHEDULES = {
     "flow": Schedule.flow(shift=3.0),
 }
 SCHEDULE = SCHEDULES["v_prediction"]
-
-Results = tuple[Tensor, ...]
-
 
 def kernel(name: str) -> Callable[..., Any]:
     """The host function of an op. Imported when used: TRITON_INTERPRET is read when kernels are defined."""
@@ -68,138 +65,84 @@ def normal(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 GRAD_OUTPUT = 3.25
-DRAWS = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op with its settings: on latents, the kernel's results, and the definition's in the dtype it is given.
+    """An op with its settings, `settings(batch)`; losses come with their gradient to the first latent."""
 
-    Losses come with their gradient to the first latent, for an upstream gradient of GRAD_OUTPUT.
-    """
-
+    op: Callable[..., Any]
     latents: int
-    ours: Callable[..., Results]
-    definition: Callable[..., Results]
+    settings: Callable[[int], dict[str, Any]]
+    is_loss: bool = True
 
-
-def _scaled(results: Results, like: Tensor) -> Results:
-    value, residual, scale = results
-    assert value.dtype == scale.dtype == torch.float32
-    upstream = torch.full(value.shape, GRAD_OUTPUT, device=value.device)
-    return value, kernel("scale_gradient")(residual, scale, upstream, like.dtype)
-
-
-def _with_gradient(op: Callable[..., Tensor], latents: Sequence[Tensor], **settings: Any) -> Results:
-    first = latents[0].detach().clone().requires_grad_()
-    value = op(first, *latents[1:], backend="torch", **settings)
-    value.backward(torch.full_like(value, GRAD_OUTPUT))
-    assert first.grad is not None
-    return value.detach(), first.grad
+    def __call__(self, latents: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
+        settings = {**self.settings(len(latents[0])), "backend": backend}
+        if not self.is_loss:
+            results = self.op(*latents, **settings)
+            return results if isinstance(results, tuple) else (results,)
+        first = latents[0].detach().requires_grad_()
+        value = self.op(first, *latents[1:], **settings)
+        (gradient,) = torch.autograd.grad(value, first, torch.full_like(value, GRAD_OUTPUT))
+        return value.detach(), gradient
 
 
 def ode_step_case(schedule: Schedule) -> Case:
-    def steps(batch: int) -> tuple[Tensor, Tensor]:
-        return timesteps(batch)[0], torch.tensor([674, 449, -1, 0], device=DEVICE)[torch.arange(batch, device=DEVICE) % 4]
+    def settings(batch: int) -> dict[str, Any]:
+        t_next = torch.tensor([674, 449, -1, 0], device=DEVICE)[torch.arange(batch, device=DEVICE) % 4]
+        return {"schedule": schedule, "t": timesteps(batch)[0], "t_next": t_next}
 
-    def ours(*x: Tensor) -> Results:
-        known = tables(schedule, "a", "b", "c", "d", "alpha", "sigma")
-        return (kernel("ode_step")(*x, *known, *steps(len(x[0]))),)
+    return Case(ops.ode_step, 2, settings, is_loss=False)
 
-    def definition(*x: Tensor) -> Results:
-        t, t_next = steps(len(x[0]))
-        return (ops.ode_step(*x, schedule=schedule, t=t, t_next=t_next, backend="torch"),)
 
-    return Case(2, ours, definition)
+def _renoise(sample: Tensor, model_output: Tensor, noise: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return ops.renoise(sample, model_output, noise=noise, seed=0, iteration=0, **settings)
 
 
 def renoise_case(schedule: Schedule) -> Case:
-    def ours(sample: Tensor, model_output: Tensor, noise: Tensor) -> Results:
-        known = tables(schedule, "a", "b", "c", "d", "alpha", "sigma")
-        return kernel("renoise")(sample, model_output, *known, *timesteps(len(sample)), None, None, 0, 0, 0, 0, noise)
+    def settings(batch: int) -> dict[str, Any]:
+        return {"schedule": schedule, **dict(zip(("t_gen", "t_mid", "t"), timesteps(batch), strict=True))}
 
-    def definition(sample: Tensor, model_output: Tensor, noise: Tensor) -> Results:
-        t_gen, t_mid, t = timesteps(len(sample))
-        settings: dict[str, Any] = {"schedule": schedule, "t_gen": t_gen, "t_mid": t_mid, "t": t}
-        return ops.renoise(sample, model_output, seed=0, iteration=0, noise=noise, backend="torch", **settings)
-
-    return Case(3, ours, definition)
+    return Case(_renoise, 3, settings, is_loss=False)
 
 
 def fake_case(weighted: bool, snr_gamma: float) -> Case:
-    def per_sample(batch: int) -> tuple[Tensor, Tensor | None]:
-        return 4 * numbers(batch, 1), numbers(batch, 2) - 1 if weighted else None
+    def settings(batch: int) -> dict[str, Any]:
+        log_weight = numbers(batch, 2) - 1 if weighted else None
+        return {"snr": 4 * numbers(batch, 1), "log_weight": log_weight, "snr_gamma": snr_gamma}
 
-    def ours(*x: Tensor) -> Results:
-        return _scaled(kernel("fake_score_loss")(*x, *per_sample(len(x[0])), snr_gamma, True), x[0])
-
-    def definition(*x: Tensor) -> Results:
-        snr, log_weight = per_sample(len(x[0]))
-        return _with_gradient(ops.fake_score_loss, x, snr=snr, log_weight=log_weight, snr_gamma=snr_gamma)
-
-    return Case(2, ours, definition)
+    return Case(ops.fake_score_loss, 2, settings)
 
 
 def fake_from_outputs_case(schedule: Schedule, weighted: bool) -> Case:
-    def log_weight(batch: int) -> Tensor | None:
-        return numbers(batch, 2) - 1 if weighted else None
+    def settings(batch: int) -> dict[str, Any]:
+        log_weight = numbers(batch, 2) - 1 if weighted else None
+        return {"schedule": schedule, "t": timesteps(batch)[2], "log_weight": log_weight}
 
-    def ours(*x: Tensor) -> Results:
-        per_sample = timesteps(len(x[0]))[2], log_weight(len(x[0]))
-        known = tables(schedule, "a", "b", "snr")
-        return _scaled(kernel("fake_score_loss_from_outputs")(*x, *known, *per_sample, 5.0, True), x[0])
-
-    def definition(*x: Tensor) -> Results:
-        t = timesteps(len(x[0]))[2]
-        settings: dict[str, Any] = {"schedule": schedule, "t": t, "log_weight": log_weight(len(t))}
-        return _with_gradient(ops.fake_score_loss_from_outputs, x, **settings)
-
-    return Case(3, ours, definition)
+    return Case(ops.fake_score_loss_from_outputs, 3, settings)
 
 
-def _cfg(batch: int, per_sample: bool) -> tuple[Tensor | None, float]:
-    return (4 * numbers(batch, 3), 0.0) if per_sample else (None, 4.5)
+def tdm_case(cfg_per_sample: bool, huber_c: float | None) -> Case:
+    def settings(batch: int) -> dict[str, Any]:
+        return {"cfg": 4 * numbers(batch, 3) if cfg_per_sample else 4.5, "huber_c": huber_c}
+
+    return Case(ops.tdm_loss, 4, settings)
 
 
-def tdm_case(per_sample: bool, huber_c: float | None) -> Case:
-    def ours(*x: Tensor) -> Results:
-        cfg, value = _cfg(len(x[0]), per_sample)
-        return _scaled(kernel("tdm_loss")(*x, cfg, value, huber_c, True), x[0])
+def tdm_from_outputs_case(schedule: Schedule, cfg_per_sample: bool, huber_c: float | None) -> Case:
+    def settings(batch: int) -> dict[str, Any]:
+        t_gen, _, t = timesteps(batch)
+        cfg = 4 * numbers(batch, 3) if cfg_per_sample else 4.5
+        return {"schedule": schedule, "t_gen": t_gen, "t": t, "cfg": cfg, "huber_c": huber_c}
 
-    def definition(*x: Tensor) -> Results:
-        cfg, value = _cfg(len(x[0]), per_sample)
-        return _with_gradient(ops.tdm_loss, x, cfg=value if cfg is None else cfg, huber_c=huber_c)
-
-    return Case(4, ours, definition)
-
-
-def tdm_from_outputs_case(schedule: Schedule, per_sample: bool, huber_c: float | None) -> Case:
-    def ours(*x: Tensor) -> Results:
-        cfg, value = _cfg(len(x[0]), per_sample)
-        t_gen, _, t = timesteps(len(x[0]))
-        settings = (*tables(schedule, "a", "b"), t_gen, t, cfg, value, huber_c, True)
-        return _scaled(kernel("tdm_loss_from_outputs")(*x, *settings), x[0])
-
-    def definition(*x: Tensor) -> Results:
-        cfg, value = _cfg(len(x[0]), per_sample)
-        t_gen, _, t = timesteps(len(x[0]))
-        settings: dict[str, Any] = {"schedule": schedule, "t_gen": t_gen, "t": t, "huber_c": huber_c}
-        return _with_gradient(ops.tdm_loss_from_outputs, x, cfg=value if cfg is None else cfg, **settings)
-
-    return Case(6, ours, definition)
+    return Case(ops.tdm_loss_from_outputs, 6, settings)
 
 
 def pseudo_huber_case(weighted: bool, c: float, reduction: str) -> Case:
-    def weight(batch: int) -> Tensor | None:
-        return numbers(batch, 4) if weighted else None
+    def settings(batch: int) -> dict[str, Any]:
+        return {"c": c, "weight": numbers(batch, 4) if weighted else None, "reduction": reduction}
 
-    def ours(*x: Tensor) -> Results:
-        return _scaled(kernel("pseudo_huber")(*x, c, weight(len(x[0])), reduction, True), x[0])
-
-    def definition(*x: Tensor) -> Results:
-        return _with_gradient(ops.pseudo_huber, x, c=c, weight=weight(len(x[0])), reduction=reduction)
-
-    return Case(2, ours, definition)
+    return Case(ops.pseudo_huber, 2, settings)
 
 
 CASES = {
@@ -231,71 +174,78 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def assert_accurate(case: Case, *draws: Sequence[Tensor]) -> None:
+DRAWS = 8
+
+
+def assert_accurate(case: Case, draw: Callable[[int], list[Tensor]]) -> None:
     """Error at most twice the plain same-precision version's largest one plus one ulp of the output dtype.
 
-    The kernels run on the first of the draws, the plain version on all: a scalar's error is one number, and 0 by luck.
+    The kernels run on the first draw of inputs, the plain version on all: a scalar's error is one number, 0 by luck.
     """
-    exact = [case.definition(*(latent.double() for latent in latents)) for latents in draws]
-    plain = [case.definition(*latents) for latents in draws]
-    for i, (ours, wanted) in enumerate(zip(case.ours(*draws[0]), exact[0], strict=True)):
-        assert ours.dtype == plain[0][i].dtype and ours.shape == wanted.shape and ours.is_contiguous()
-        epsilon = torch.finfo(ours.dtype)
-        plain_error = max((same[i].double() - right[i]).abs().max() for same, right in zip(plain, exact, strict=True))
+    plain_error = [0.0] * 3
+    for index in reversed(range(DRAWS)):
+        latents = draw(index)
+        plain, exact = case(latents, "torch"), case([latent.double() for latent in latents], "torch")
+        for i, (same, wanted) in enumerate(zip(plain, exact, strict=True)):
+            plain_error[i] = max(plain_error[i], float((same.double() - wanted).abs().max()))
+    for ours, same, wanted, largest in zip(case(latents, "triton"), plain, exact, plain_error, strict=False):
+        assert ours.dtype == same.dtype and ours.shape == same.shape and ours.is_contiguous()
+        numbers = torch.finfo(ours.dtype)
         error = (ours.double() - wanted).abs()
-        bound = 2 * plain_error + epsilon.eps * wanted.abs().clamp(min=epsilon.tiny)
-        assert torch.all(error <= bound), f"{error.max():.3e}, plain {plain_error:.3e}, value {wanted.abs().max():.3e}"
-
-
-def mixed(count: int) -> list[list[torch.dtype]]:
-    """Dtypes of the latents: all alike, and mixed."""
-    alike = [[dtype] * count for dtype in DTYPES]
-    return [*alike, *([DTYPES[(first + i) % 3] for i in range(count)] for first in range(3))]
+        bound = 2 * largest + numbers.eps * wanted.abs().clamp(min=numbers.tiny)
+        assert torch.all(error <= bound), f"{error.max():.3e}, plain {largest:.3e}, value {wanted.abs().max():.3e}"
 
 
 @EVERY_CASE
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_against_float64(case: Case, shape: tuple[int, ...], poisoned_memory: None) -> None:
-    for dtypes in mixed(case.latents):
-        draws = ([normal(shape, dtype, 10 * draw + i) for i, dtype in enumerate(dtypes)] for draw in range(DRAWS))
-        assert_accurate(case, *draws)
-    # Latents that nearly agree, where the pseudo-Huber loss is a parabola.
-    common = normal(shape, torch.float32, 9)
-    near = ([common + 1e-3 * normal(shape, torch.float32, 10 * draw + i) for i in range(case.latents)] for draw in range(DRAWS))
-    assert_accurate(case, *near)
+    alike = [[dtype] * case.latents for dtype in DTYPES]
+    mixed = [[DTYPES[(first + i) % 3] for i in range(case.latents)] for first in range(3)]
+    # The interpreter takes milliseconds per program: one combination per size, but for the size of several blocks.
+    combinations = [*alike, *mixed] if not INTERPRETED or shape == (1, 4097) else mixed[math.prod(shape) % 3 :][:1]
+    for dtypes in combinations:
+        assert_accurate(case, lambda draw, dtypes=dtypes: [normal(shape, dtypes[i], 10 * draw + i) for i in range(case.latents)])
 
 
-STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
-    "first half of the channels": lambda x: x[:, :3],
-    "every other sample": lambda x: x[::2],
-    "one sample for all": lambda x: x[:1].expand(4, -1, -1, -1),
-    "one number per sample": lambda x: x[:, :1, :1, :1].expand(-1, 6, 5, 7),
-    "one number": lambda x: x[:1, :1, :1, :1].expand(4, 6, 5, 7),
-    "transposed": lambda x: x.transpose(1, 3),
-    "every other channel": lambda x: x[:, ::2, :, 1:],
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-}
+@EVERY_CASE
+def test_latents_that_nearly_agree(case: Case) -> None:
+    """There the pseudo-Huber loss is a parabola, and differences lose digits."""
+    common = normal((2, 1023), torch.float32, 9)
+    assert_accurate(case, lambda draw: [common + 1e-3 * normal((2, 1023), torch.float32, 10 * draw + i) for i in range(case.latents)])
+
+
+# Latents [2, 3, 5, 7] out of a larger tensor [4, 6, 7, 7].
+STRIDED: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x[:2, :3, :5].contiguous(),
+    lambda x: x[:2].flatten(1)[:, :105].unflatten(1, (3, 5, 7)),  # the first half of the channels
+    lambda x: x[::2].flatten(1)[:, 3:108].unflatten(1, (3, 5, 7)),  # an odd offset
+    lambda x: x[:1, :3, :5].contiguous().expand(2, -1, -1, -1),  # one sample for all
+    lambda x: x[:2, :1, :1, :1].expand(-1, 3, 5, 7),  # one number per sample
+    lambda x: x[:1, :1, :1, :1].expand(2, 3, 5, 7),  # one number
+    lambda x: x[:2, :3, :, :5].transpose(2, 3),
+    lambda x: x[:2, ::2, 2:],
+    lambda x: x[:2, :3, :5].contiguous(memory_format=torch.channels_last),
+)
 
 
 @EVERY_CASE
 def test_strided(case: Case) -> None:
-    full = [normal((4, 6, 5, 7), DTYPES[seed % 3], seed) for seed in range(case.latents)]
-    for change in STRIDED.values():
-        strided = [change(latent) for latent in full]
-        # As it is, and each latent strided beside others that are not.
-        for which in (range(case.latents), range(0, case.latents, 2), range(1, case.latents, 2)):
-            latents = [latent if i in which else latent.contiguous() for i, latent in enumerate(strided)]
-            results, expected = case.ours(*latents), case.ours(*(latent.contiguous() for latent in latents))
-            assert all(torch.equal(ours, wanted) for ours, wanted in zip(results, expected, strict=True))
-    assert_accurate(case, [STRIDED["first half of the channels"](latent) for latent in full])
+    """The same bits as from contiguous latents, each latent strided in each way beside others strided otherwise."""
+    full = [normal((4, 6, 7, 7), DTYPES[seed % 3], seed) for seed in range(case.latents)]
+    for first in range(len(STRIDED)):
+        latents = [STRIDED[(first + i) % len(STRIDED)](latent) for i, latent in enumerate(full)]
+        assert all(latent.shape == (2, 3, 5, 7) for latent in latents)
+        expected = case([latent.contiguous() for latent in latents], "triton")
+        for ours, wanted in zip(case(latents, "triton"), expected, strict=True):
+            assert ours.is_contiguous() and torch.equal(ours, wanted)
 
 
 @EVERY_CASE
 def test_infinite_and_undefined_numbers(case: Case) -> None:
     for special, position in itertools.product((math.inf, -math.inf, math.nan), range(case.latents)):
-        latents = [normal((3, 50), torch.float32, seed) for seed in range(case.latents)]
+        latents = [normal((2, 50), torch.float32, seed) for seed in range(case.latents)]
         latents[position][1, 7] = special
-        for ours, wanted in zip(case.ours(*latents), case.definition(*latents), strict=True):
+        for ours, wanted in zip(case(latents, "triton"), case(latents, "torch"), strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -303,15 +253,15 @@ def test_infinite_and_undefined_numbers(case: Case) -> None:
 def test_empty(case: Case) -> None:
     for shape in ((0, 5), (2, 0), (0,)):
         latents = [torch.zeros(shape, device=DEVICE) for _ in range(case.latents)]
-        for ours, wanted in zip(case.ours(*latents), case.definition(*latents), strict=True):
+        for ours, wanted in zip(case(latents, "triton"), case(latents, "torch"), strict=True):
             assert ours.dtype == wanted.dtype
             torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @EVERY_CASE
 def test_same_bits_every_time(case: Case) -> None:
-    latents = [normal((3, 9001), torch.bfloat16, seed) for seed in range(case.latents)]
-    first, second = case.ours(*latents), case.ours(*latents)
+    latents = [normal((2, 9001), torch.bfloat16, seed) for seed in range(case.latents)]
+    first, second = case(latents, "triton"), case(latents, "triton")
     assert all(torch.equal(ours, again) for ours, again in zip(first, second, strict=True))
 
 
@@ -419,7 +369,7 @@ def run_intervals(batch: int, settings: dict[str, Any], as_tensors: bool) -> Ten
 @pytest.mark.parametrize("settings", INTERVALS, ids=str)
 @pytest.mark.parametrize("as_tensors", [False, True], ids=["ints", "tensors"])
 def test_the_same_integers(settings: dict[str, Any], as_tensors: bool) -> None:
-    for batch in (0, 1, 7, 1023):
+    for batch in (0, 1, 1023):
         given = {"seed": 0, "iteration": 0, **settings}
         wanted = ops.sample_intervals(batch, **given, backend="torch")
         assert torch.equal(run_intervals(batch, settings, as_tensors).cpu(), torch.stack(wanted))
