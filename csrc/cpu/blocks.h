@@ -102,8 +102,7 @@ class Writer {
   alignas(64) float buffer_[block_elements];
 };
 
-// Calls body(i, sums...) style loops: `vectors(i)` for whole registers, in runs, then `single(i)` for the elements left.
-// `flush()` comes after every run.
+// Calls `vectors(i)` for whole registers, in runs, `flush()` after every run, then `single(i)` for the elements left.
 template <class Vectors, class Flush, class Single>
 TDM_FAST_INLINE void for_each_element(int64_t n, const Vectors& vectors, const Flush& flush, const Single& single) {
   const int64_t whole = n - n % width;

@@ -168,8 +168,8 @@ class Sum {
   double rest_ = 0.0;
 };
 
-// Registers of floats that are added up before they go into a Sum.
-constexpr int64_t run_length = 8;
+// Registers of floats that are added up before they go into a Sum. A register of one float would make that one sum of 8.
+constexpr int64_t run_length = width == 1 ? 1 : 8;
 
 }  // namespace TDM_FAST_ISA
 }  // namespace tdm_fast
