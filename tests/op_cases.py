@@ -143,13 +143,14 @@ def assert_accurate(case: Case, device: str, backend: str, *draws: Sequence[Tens
 
     The kernels run on the first of the draws, the plain version on all: a scalar's error is one number, and 0 by luck.
     """
-    exact = [results(case, [latent.double() for latent in latents], "torch") for latents in draws]
-    plain = [results(case, latents, "torch") for latents in draws]
-    ours = results(case, [latent.to(device) for latent in draws[0]], backend)
+    there = [[latent.to(device) for latent in latents] for latents in draws]
+    exact = [results(case, [latent.double() for latent in latents], "torch") for latents in there]
+    plain = [results(case, latents, "torch") for latents in there]
+    ours = results(case, there[0], backend)
     for i, (mine, wanted) in enumerate(zip(ours, exact[0], strict=True)):
         assert mine.dtype == plain[0][i].dtype and mine.shape == wanted.shape and mine.is_contiguous()
         plain_error = max((same[i].double() - right[i]).abs().max() for same, right in zip(plain, exact, strict=True))
-        error, info = (mine.cpu().double() - wanted).abs(), torch.finfo(mine.dtype)
+        error, info = (mine.double() - wanted).abs(), torch.finfo(mine.dtype)
         bound = 2 * plain_error + info.eps * wanted.abs().clamp(min=info.tiny)
         assert torch.all(error <= bound), f"result {i}: {error.max():.3e}, plain {plain_error:.3e}"
 

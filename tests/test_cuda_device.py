@@ -98,8 +98,9 @@ def test_more_than_2_to_the_31_elements(name: str) -> None:
         for mine, wanted in zip(case.run(*wide, backend="cuda"), expected, strict=True):
             ends = (mine[:, :9], mine[:, -9:]) if mine.ndim == 2 else (mine,)
             assert mine.ndim < 2 or mine.shape == (1, elements)
+            rtol = 1e-5 if mine.dtype == torch.float32 else torch.finfo(mine.dtype).eps
             for end in ends:
-                torch.testing.assert_close(end.cpu(), wanted.expand(end.shape), rtol=1e-2, atol=1e-5)
+                torch.testing.assert_close(end.cpu(), wanted.expand(end.shape), rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.compute_sanitizer
@@ -117,8 +118,10 @@ def test_compute_sanitizer(tool: str) -> None:
         "-k",
         "test_strided and not emulated",
     ]
+    # Only kernels of this project, whose mangled names have its namespace in them: torch's are torch's affair.
+    options = ["--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=tdm_fast"]
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, *tests],
+        [sanitizer, *options, sys.executable, *tests],
         cwd=Path(__file__).resolve().parents[1],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
