@@ -40,10 +40,7 @@ def draw_of(seed_tensor, iteration_tensor, seed_low, seed_high, iteration):
         low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     else:
         low, high = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
-    if iteration_tensor is not None:
-        count = tl.load(iteration_tensor).to(tl.uint32)
-    else:
-        count = iteration.to(tl.uint32)
+    count = iteration.to(tl.uint32) if iteration_tensor is None else tl.load(iteration_tensor).to(tl.uint32)
     return low, high, count
 
 

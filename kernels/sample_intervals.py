@@ -49,10 +49,7 @@ def _sample_intervals_kernel(
     if RANDMID:
         t_mid = t_mid + bounded(second, t_gen - mid_gap - t_mid)
     low = tl.where(t_mid < min_timestep, min_timestep, t_mid)
-    if SEPARATE:
-        high = t_gen - margin
-    else:
-        high = index * 0 + total_steps - margin
+    high = (t_gen if SEPARATE else total_steps) - margin
     t = low + bounded(third, high - low)
     tl.store(out + index, k, mask=mask)
     tl.store(out + batch + index, t_gen, mask=mask)
@@ -87,5 +84,6 @@ def sample_intervals(
     with on_device(out):
         _sample_intervals_kernel[(triton.cdiv(batch, _BLOCK),)](
             out, *draw_words(seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset),
-            total_steps, min_timestep, margin, mid_gap, batch, tuple(nodes), separate, randmid, int(Purpose.INTERVALS), _BLOCK,
+            total_steps, min_timestep, margin, mid_gap, batch, tuple(nodes), separate, randmid,
+            int(Purpose.INTERVALS), _BLOCK,
         )  # fmt: skip

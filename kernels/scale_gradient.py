@@ -36,7 +36,10 @@ def _scale_gradient_kernel(
 
 
 def scale_gradient(residual: Tensor, scale: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[B, ...]` in `dtype` from `residual` `[B, ...]`, `scale` float32 `[B]` and `grad_output`: 0-d, `[B]` or `[B, ...]`."""
+    """The gradient `[B, ...]` in `dtype`, contiguous.
+
+    `residual` is `[B, ...]`, `scale` float32 `[B]`, `grad_output` float32, a scalar, `[B]` or `[B, ...]`.
+    """
     gradient = torch.empty(residual.shape, dtype=dtype, device=residual.device)
     if residual.numel() == 0:
         return gradient

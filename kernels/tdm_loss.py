@@ -184,7 +184,10 @@ def _finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """loss = mean_b(mean_i(value) / w), scale = (2 if squared) b_gen / (w B N), w = mean_i(distance), at least FLOOR."""
+    """loss = mean_b(mean_i(value) / w), scale = b_gen / (w B N), twice that if SQUARED.
+
+    w = mean_i(distance), at least FLOOR; b_gen is 1 without a table.
+    """
     elements = batch.to(tl.float64) * per_sample
     total = tl.zeros((ROWS,), tl.float64)
     for first in range(0, batch, ROWS):
