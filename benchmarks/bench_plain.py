@@ -104,9 +104,9 @@ def sample_intervals(batch_size: int, num_steps: int, total_steps: int, device: 
     """The public per-sample loop: a step and a timestep drawn, and looked at on the host, sample by sample."""
     rows = []
     for _ in range(batch_size):
-        k = torch.randint(1, num_steps + 1, (1,), device=device).item()
+        k = int(torch.randint(1, num_steps + 1, (1,), device=device).item())
         t_gen = k * total_steps // num_steps - 1
         t_mid = t_gen - total_steps // num_steps + 1
-        t = torch.randint(max(20, t_mid), t_gen - 10, (1,), device=device).item()
+        t = int(torch.randint(max(20, t_mid), t_gen - 10, (1,), device=device).item())
         rows.append((k, t_gen, t_mid, t))
     return torch.tensor(rows, device=device).unbind(1)
