@@ -65,7 +65,7 @@ def _definition(
         values = values * per_sample(scale, input.ndim)
     residual = _residual.kept(error / root, _stored(input, target), with_gradient)
     if reduction == "none":
-        return values, residual, scale.clone()
+        return values.contiguous(), residual, scale.clone()
     if reduction == "per_sample":
         return sample_mean(values).clone(), residual, scale / max(input[:1].numel(), 1)
     if reduction == "sum":
