@@ -112,6 +112,14 @@ def select(op: str, backend: str, *latents: Tensor) -> Callable[..., Any]:
     return _implementations[op][choose(op, latents[0].device.type, backend)]
 
 
+def is_plain_eager(latents: Tensor) -> bool:
+    """Whether nothing traces or transforms what is done to `latents`: then an op's function may be called directly."""
+    if torch.compiler.is_compiling():
+        return False
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return not watched and type(latents) in (Tensor, torch.nn.Parameter)
+
+
 def _hint(backend: str) -> str:
     command = INSTALL_COMMANDS.get(backend)
     return f"; built by: {command}" if command else ""

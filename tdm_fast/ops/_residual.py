@@ -12,14 +12,19 @@ number of elements, keeps half precision with loss scaling from underflow.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tdm_fast.ops import _dispatch
 from tdm_fast.ops._rows import as_rows
 from tdm_fast.schedule import per_sample
+
+LossOutputs = tuple[Tensor, Tensor, Tensor]
+"""What a loss op returns: the loss, the residual and the scale."""
 
 
 def residual_dtype(compute: torch.dtype, differentiated: torch.dtype, *, bounded: bool) -> torch.dtype:
@@ -73,14 +78,22 @@ def as_grad(grad_output: Tensor) -> Tensor:
 _dispatch.register("scale_gradient", {"torch": _definition, "cpp": _cpp, "cuda": _cuda, "triton": _triton})
 
 
-@torch.library.custom_op("tdm_fast::scale_gradient", mutates_args=())
-def scale_gradient(residual: Tensor, scale: Tensor, grad_output: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+def _run_scale_gradient(
+    residual: Tensor, scale: Tensor, grad_output: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
     """`residual * (scale * grad_output)` in `dtype`: residual `[B, ...]`, scale `[B]`, grad_output a scalar or either.
 
     Not differentiable: the losses are, once.
     """
-    chosen = "torch" if scale.dtype == torch.float64 else _dispatch.choose("scale_gradient", scale.device.type, backend)
-    return _dispatch.implementation("scale_gradient", chosen)(residual, scale, grad_output, dtype)
+    run = _dispatch.implementation("scale_gradient", _chosen(scale, backend))
+    return run(residual, scale, grad_output, dtype)
+
+
+def _chosen(scale: Tensor, backend: str) -> str:
+    return "torch" if scale.dtype == torch.float64 else _dispatch.choose("scale_gradient", scale.device.type, backend)
+
+
+scale_gradient = torch.library.custom_op("tdm_fast::scale_gradient", _run_scale_gradient, mutates_args=())
 
 
 @scale_gradient.register_fake
@@ -88,7 +101,51 @@ def _(residual: Tensor, scale: Tensor, grad_output: Tensor, dtype: torch.dtype, 
     return residual.new_empty(residual.shape, dtype=dtype)
 
 
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def loss(op: Callable[..., LossOutputs], run: Callable[..., LossOutputs], with_gradient: bool, *inputs: Any) -> Tensor:
+    """The loss of a custom op `(latents, ..., backend) -> (loss, residual, scale)` whose function is `run`.
+
+    The op itself runs where something traces or transforms. Elsewhere its layers of Python would cost more than the
+    kernels do at the latents of images, and `run` is called directly.
+    """
+    if not _dispatch.is_plain_eager(inputs[0]):
+        value, _, _ = op(*inputs)
+        return value
+    if with_gradient:
+        return _Loss.apply(run, *inputs)
+    value, _, _ = run(*inputs)
+    return value
+
+
+class _Loss(torch.autograd.Function):
+    """`loss` outside tracing; the op's own gradient is the pair of functions below."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., LossOutputs], *inputs: Any) -> Tensor:
+        value, residual, scale = run(*inputs)
+        ctx.save_for_backward(residual, scale)
+        ctx.dtype, ctx.backend, ctx.others = inputs[0].dtype, inputs[-1], len(inputs) - 1
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        residual, scale = ctx.saved_tensors
+        return None, _gradient(residual, scale, grad_loss, ctx.dtype, ctx.backend), *[None] * ctx.others
+
+
+def _gradient(residual: Tensor, scale: Tensor, grad_loss: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """The gradient in a backward that nothing traces; in the residual's own memory if this backward is the last."""
+    if not _dispatch.is_plain_eager(residual):
+        return scale_gradient(residual, scale, grad_loss, dtype, backend)
+    # The graph is kept exactly where a second backward may come (as torch's own compiled backwards ask).
+    is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    if is_last and residual.dtype == dtype and _chosen(scale, backend) == "cpp":
+        torch.ops.tdm_fast_cpu.scale_gradient_(residual, scale, as_grad(grad_loss))
+        return residual
+    return _run_scale_gradient(residual, scale, grad_loss, dtype, backend)
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     """Set up a loss op `(latents, ..., backend) -> (loss, residual, scale)`, differentiable in its first argument."""
     _, residual, scale = output
     ctx.mark_non_differentiable(residual, scale)

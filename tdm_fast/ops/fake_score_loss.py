@@ -20,11 +20,9 @@ from tdm_fast.ops._checks import (
     sample_mean,
     wants_gradient,
 )
+from tdm_fast.ops._residual import LossOutputs
 from tdm_fast.ops._rows import as_rows
 from tdm_fast.schedule import Schedule, compute_dtype
-
-LossOutputs = tuple[Tensor, Tensor, Tensor]
-"""The loss, the residual and the scale; see _residual.py."""
 
 
 def fake_score_loss(
@@ -48,9 +46,9 @@ def fake_score_loss(
     same_latents("x0", x0, x0_fake=x0_fake)
     one_per_sample("snr", snr, x0)
     log_weight = _checked_options(x0, log_weight, snr_gamma)
-    options = (snr.detach(), log_weight, snr_gamma, wants_gradient(x0_fake), _dispatch.check_backend(backend))
-    loss, _, _ = _fake_score_loss(x0_fake, detached(x0), *options)
-    return loss
+    gradient = wants_gradient(x0_fake)
+    options = (snr.detach(), log_weight, snr_gamma, gradient, _dispatch.check_backend(backend))
+    return _residual.loss(_fake_score_loss, _run_fake_score_loss, gradient, x0_fake, detached(x0), *options)
 
 
 def fake_score_loss_from_outputs(
@@ -74,10 +72,10 @@ def fake_score_loss_from_outputs(
     one_per_sample("t", t, noisy, integer=True)
     log_weight = _checked_options(noisy, log_weight, snr_gamma)
     here = schedule.to(noisy.device)
-    options = (log_weight, snr_gamma, wants_gradient(model_output), _dispatch.check_backend(backend))
-    tables = (here.a, here.b, here.snr)
-    loss, _, _ = _fake_score_loss_from_outputs(model_output, detached(noisy), detached(x0), *tables, t, *options)
-    return loss
+    gradient = wants_gradient(model_output)
+    options = (log_weight, snr_gamma, gradient, _dispatch.check_backend(backend))
+    inputs = (model_output, detached(noisy), detached(x0), here.a, here.b, here.snr, t, *options)
+    return _residual.loss(_fake_score_loss_from_outputs, _run_fake_score_loss_from_outputs, gradient, *inputs)
 
 
 def _checked_options(latents: Tensor, log_weight: Tensor | None, snr_gamma: float) -> Tensor | None:
@@ -184,8 +182,7 @@ _dispatch.register(
 )
 
 
-@torch.library.custom_op("tdm_fast::fake_score_loss", mutates_args=())
-def _fake_score_loss(
+def _run_fake_score_loss(
     x0_fake: Tensor,
     x0: Tensor,
     snr: Tensor,
@@ -196,6 +193,9 @@ def _fake_score_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = _dispatch.select("fake_score_loss", backend, x0_fake, x0)
     return run(x0_fake, x0, snr, log_weight, snr_gamma, with_gradient)
+
+
+_fake_score_loss = torch.library.custom_op("tdm_fast::fake_score_loss", _run_fake_score_loss, mutates_args=())
 
 
 @_fake_score_loss.register_fake
@@ -213,8 +213,7 @@ def _(
     return _residual.fake_outputs(x0_fake, dtype, stored, with_gradient)
 
 
-@torch.library.custom_op("tdm_fast::fake_score_loss_from_outputs", mutates_args=())
-def _fake_score_loss_from_outputs(
+def _run_fake_score_loss_from_outputs(
     model_output: Tensor,
     noisy: Tensor,
     x0: Tensor,
@@ -230,6 +229,11 @@ def _fake_score_loss_from_outputs(
     in_tables(a.shape[0], t=t)
     run = _dispatch.select("fake_score_loss_from_outputs", backend, model_output, noisy, x0)
     return run(model_output, noisy, x0, a, b, snr, t, log_weight, snr_gamma, with_gradient)
+
+
+_fake_score_loss_from_outputs = torch.library.custom_op(
+    "tdm_fast::fake_score_loss_from_outputs", _run_fake_score_loss_from_outputs, mutates_args=()
+)
 
 
 @_fake_score_loss_from_outputs.register_fake

@@ -111,7 +111,7 @@ def _(
     return input.new_empty(shape, dtype=dtype), residual, scale
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: _residual.LossOutputs) -> None:
     _residual.save_for_backward(ctx, inputs, output)
     ctx.target_dtype = inputs[1].dtype
 

@@ -157,15 +157,11 @@ def sample_intervals(
     iteration_tensor, iteration = counter("iteration", iteration, device)
     draw = (seed_tensor, iteration_tensor, seed, iteration, trajectory, total_steps, stream, sample_offset, *options)
     backend = _dispatch.check_backend(backend)
-    if torch.compiler.is_compiling():
+    # A tracer needs the custom op; it alone costs as much as everything else here, and nothing is differentiable.
+    if torch.compiler.is_compiling() or not _dispatch.is_plain_eager(out := _empty(batch_size, device)):
         out = _sample_intervals(batch_size, *draw, device, backend)
     else:
-        out = torch.empty((4, batch_size), dtype=torch.int64, device=device)
-        # A tracer needs the custom op; it alone costs as much as everything else here, and nothing is differentiable.
-        if type(out) is Tensor:
-            _fill(out, backend, *draw)
-        else:
-            out = _sample_intervals(batch_size, *draw, device, backend)
+        _fill(out, backend, *draw)
     k, t_gen, t_mid, t = out.unbind(0)
     return k, t_gen, t_mid, t
 
@@ -224,6 +220,10 @@ def _triton(*arguments: Any) -> None:
 _dispatch.register("sample_intervals", {"torch": _definition, "cpp": _cpp, "cuda": _cuda, "triton": _triton})
 
 
+def _empty(batch_size: int, device: torch.device) -> Tensor:
+    return torch.empty((4, batch_size), dtype=torch.int64, device=device)
+
+
 def _fill(
     out: Tensor,
     backend: str,
@@ -258,7 +258,7 @@ def _sample_intervals(
     device: torch.device,
     backend: str,
 ) -> Tensor:
-    out = torch.empty((4, batch_size), dtype=torch.int64, device=device)
+    out = _empty(batch_size, device)
     options = (separate, randmid, min_timestep, margin, mid_gap)
     draw = (seed_tensor, iteration_tensor, seed, iteration, nodes, total_steps, stream, sample_offset, *options)
     _fill(out, backend, *draw)
@@ -267,4 +267,4 @@ def _sample_intervals(
 
 @_sample_intervals.register_fake
 def _(batch_size: int, *others: Any) -> Tensor:
-    return torch.empty((4, batch_size), dtype=torch.int64, device=others[-2])
+    return _empty(batch_size, others[-2])

@@ -21,14 +21,12 @@ from tdm_fast.ops._checks import (
     sample_mean,
     wants_gradient,
 )
+from tdm_fast.ops._residual import LossOutputs
 from tdm_fast.ops._rows import as_rows
 from tdm_fast.schedule import Schedule, compute_dtype, per_sample
 
 WEIGHT_FLOOR = 1e-8
 """Least value of the loss's normaliser, so that a batch in which everything agrees has a loss of 0 and not of NaN."""
-
-LossOutputs = tuple[Tensor, Tensor, Tensor]
-"""The loss, the residual and the scale; see _residual.py."""
 
 
 def tdm_loss(
@@ -59,8 +57,8 @@ def tdm_loss(
         positive("huber_c", huber_c)
     scores = (detached(other) for other in others.values())
     gradient = wants_gradient(x0)
-    loss, _, _ = _tdm_loss(x0, *scores, *guidance(cfg, x0), huber_c, gradient, _dispatch.check_backend(backend))
-    return loss
+    inputs = (x0, *scores, *guidance(cfg, x0), huber_c, gradient, _dispatch.check_backend(backend))
+    return _residual.loss(_tdm_loss, _run_tdm_loss, gradient, *inputs)
 
 
 def tdm_loss_from_outputs(
@@ -93,10 +91,11 @@ def tdm_loss_from_outputs(
     if huber_c is not None:
         positive("huber_c", huber_c)
     here = schedule.to(sample.device)
-    inputs = (detached(other) for other in (sample, *others.values()))
-    options = (*guidance(cfg, sample), huber_c, wants_gradient(model_output), _dispatch.check_backend(backend))
-    loss, _, _ = _tdm_loss_from_outputs(model_output, *inputs, here.a, here.b, t_gen, t, *options)
-    return loss
+    latents = (model_output, *(detached(other) for other in (sample, *others.values())))
+    gradient = wants_gradient(model_output)
+    options = (*guidance(cfg, sample), huber_c, gradient, _dispatch.check_backend(backend))
+    inputs = (*latents, here.a, here.b, t_gen, t, *options)
+    return _residual.loss(_tdm_loss_from_outputs, _run_tdm_loss_from_outputs, gradient, *inputs)
 
 
 def _guided(teacher: Tensor, uncond: Tensor, cfg: Tensor | None, cfg_value: float, dtype: torch.dtype) -> Tensor:
@@ -214,8 +213,7 @@ _dispatch.register(
 )
 
 
-@torch.library.custom_op("tdm_fast::tdm_loss", mutates_args=())
-def _tdm_loss(
+def _run_tdm_loss(
     x0: Tensor,
     x0_teacher: Tensor,
     x0_uncond: Tensor,
@@ -228,6 +226,9 @@ def _tdm_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = _dispatch.select("tdm_loss", backend, x0, x0_teacher, x0_uncond, x0_fake)
     return run(x0, x0_teacher, x0_uncond, x0_fake, cfg, cfg_value, huber_c, with_gradient)
+
+
+_tdm_loss = torch.library.custom_op("tdm_fast::tdm_loss", _run_tdm_loss, mutates_args=())
 
 
 @_tdm_loss.register_fake
@@ -247,8 +248,7 @@ def _(
     return _residual.fake_outputs(x0, dtype, stored, with_gradient)
 
 
-@torch.library.custom_op("tdm_fast::tdm_loss_from_outputs", mutates_args=())
-def _tdm_loss_from_outputs(
+def _run_tdm_loss_from_outputs(
     model_output: Tensor,
     sample: Tensor,
     noisy: Tensor,
@@ -269,6 +269,11 @@ def _tdm_loss_from_outputs(
     latents = (model_output, sample, noisy, out_teacher, out_uncond, out_fake)
     run = _dispatch.select("tdm_loss_from_outputs", backend, *latents)
     return run(*latents, a, b, t_gen, t, cfg, cfg_value, huber_c, with_gradient)
+
+
+_tdm_loss_from_outputs = torch.library.custom_op(
+    "tdm_fast::tdm_loss_from_outputs", _run_tdm_loss_from_outputs, mutates_args=()
+)
 
 
 @_tdm_loss_from_outputs.register_fake
