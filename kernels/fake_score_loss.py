@@ -56,7 +56,7 @@ def _error_kernel(
     if noisy is not None:
         t = tl.load(timesteps + index)
         a, b = entry(table_a, t, length), entry(table_b, t, length)
-    for run in tl.static_range(RUNS):
+    for run in range(RUNS):
         within = start + run * BLOCK + tl.arange(0, BLOCK)
         mask = within < per_sample
         x0_fake = load(prediction, index, prediction_stride, within, mask, PREDICTION_ELEMENT)

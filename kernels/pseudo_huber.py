@@ -51,7 +51,7 @@ def _value_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     if weight is not None:
         factor = tl.load(weight + index)
-    for run in tl.static_range(RUNS):
+    for run in range(RUNS):
         within = start + run * BLOCK + tl.arange(0, BLOCK)
         mask = within < per_sample
         x = load(input, index, input_stride, within, mask, INPUT_ELEMENT)

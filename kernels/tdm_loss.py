@@ -83,7 +83,7 @@ def _x0_kernel(
     index, start = place(chunks, BLOCK * RUNS)
     strength = _guidance(cfg, guidance, index)
     distances, values = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for run in tl.static_range(RUNS):
+    for run in range(RUNS):
         within = start + run * BLOCK + tl.arange(0, BLOCK)
         mask = within < per_sample
         x = load(x0, index, x0_stride, within, mask, X0_ELEMENT)
@@ -145,7 +145,7 @@ def _outputs_kernel(
     a, b = entry(table_a, t, length), entry(table_b, t, length)
     strength = _guidance(cfg, guidance, index)
     distances, values = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for run in tl.static_range(RUNS):
+    for run in range(RUNS):
         within = start + run * BLOCK + tl.arange(0, BLOCK)
         mask = within < per_sample
         out = load(model_output, index, output_stride, within, mask, OUTPUT_ELEMENT)

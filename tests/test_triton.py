@@ -1,7 +1,8 @@
-"""The Triton kernels against float64 and the definitions.
+"""The Triton kernels behind the public functions, against float64 and the definitions.
 
 On a GPU these tests run as they stand. Without one they run through Triton's interpreter on CPU tensors, the same code
-at smaller sizes: `TRITON_INTERPRET=1 pytest tests/test_triton.py`, which tests/test_triton_interpreter.py starts.
+at smaller sizes: `TRITON_INTERPRET=1 pytest tests/test_triton.py`, which tests/test_triton_interpreter.py starts. What
+needs the device itself (graphs, no synchronisation, more than 2^31 elements) is in tests/test_triton_device.py.
 """
 
 from __future__ import annotations
@@ -10,33 +11,40 @@ import importlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from op_cases import (
+    DTYPES,
+    EVERY_CASE,
+    SCHEDULE,
+    SCHEDULES,
+    Case,
+    assert_accurate,
+    dtype_lists,
+    fake_case,
+    normal,
+    numbers,
+    pseudo_huber_case,
+    results,
+    tdm_case,
+)
 from torch import Tensor
 
 from tdm_fast import ops
 from tdm_fast.philox import Purpose, randn
-from tdm_fast.schedule import Schedule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Odd sizes around a program's block (1024) and chunk (4096); nine samples are more than a tile of the second pass.
 SIZES: tuple[tuple[int, ...], ...] = ((1, 1), (9, 7), (2, 1023), (1, 4097), (2, 3, 5, 7), (3,))
 if not INTERPRETED:
     SIZES += ((3, 40000), (2, 16, 13, 60, 90), (1, (1 << 22) + 3), (300, 5))
-SCHEDULES = {
-    "epsilon": Schedule.ddpm(prediction_type="epsilon"),
-    "v_prediction": Schedule.ddpm(prediction_type="v_prediction", rescale_betas_zero_snr=True),
-    "flow": Schedule.flow(shift=3.0),
-}
-SCHEDULE = SCHEDULES["v_prediction"]
+DRAWS = 8
 
 
 def kernel(name: str) -> Callable[..., Any]:
@@ -44,128 +52,8 @@ def kernel(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"tdm_fast.kernels.{name.removesuffix('_from_outputs')}"), name)
 
 
-def tables(schedule: Schedule, *names: str) -> list[Tensor]:
-    return [getattr(schedule.to(DEVICE), name) for name in names]
-
-
-def timesteps(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(t_gen, t_mid, t) of the trajectory's steps in turn, t = t_mid included."""
-    t_gen, t_mid, t = (
-        torch.tensor(values, device=DEVICE)
-        for values in ([899, 674, 449, 224], [675, 450, 225, 0], [880, 450, 300, 20])
-    )
-    which = torch.arange(batch, device=DEVICE) % 4
-    return t_gen[which], t_mid[which], t[which]
-
-
-def numbers(batch: int, seed: int) -> Tensor:
-    """float32 `[B]` around 1."""
-    return normal((batch,), torch.float32, seed).mul(0.3).exp()
-
-
-def normal(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-GRAD_OUTPUT = 3.25
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op with its settings, `settings(batch)`; losses come with their gradient to the first latent."""
-
-    op: Callable[..., Any]
-    latents: int
-    settings: Callable[[int], dict[str, Any]]
-    is_loss: bool = True
-
-    def __call__(self, latents: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
-        settings = {**self.settings(len(latents[0])), "backend": backend}
-        if not self.is_loss:
-            results = self.op(*latents, **settings)
-            return results if isinstance(results, tuple) else (results,)
-        first = latents[0].detach().requires_grad_()
-        value = self.op(first, *latents[1:], **settings)
-        (gradient,) = torch.autograd.grad(value, first, torch.full_like(value, GRAD_OUTPUT))
-        return value.detach(), gradient
-
-
-def ode_step_case(schedule: Schedule) -> Case:
-    def settings(batch: int) -> dict[str, Any]:
-        t_next = torch.tensor([674, 449, -1, 0], device=DEVICE)[torch.arange(batch, device=DEVICE) % 4]
-        return {"schedule": schedule, "t": timesteps(batch)[0], "t_next": t_next}
-
-    return Case(ops.ode_step, 2, settings, is_loss=False)
-
-
-def _renoise(sample: Tensor, model_output: Tensor, noise: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return ops.renoise(sample, model_output, noise=noise, seed=0, iteration=0, **settings)
-
-
-def renoise_case(schedule: Schedule) -> Case:
-    def settings(batch: int) -> dict[str, Any]:
-        return {"schedule": schedule, **dict(zip(("t_gen", "t_mid", "t"), timesteps(batch), strict=True))}
-
-    return Case(_renoise, 3, settings, is_loss=False)
-
-
-def fake_case(weighted: bool, snr_gamma: float) -> Case:
-    def settings(batch: int) -> dict[str, Any]:
-        log_weight = numbers(batch, 2) - 1 if weighted else None
-        return {"snr": 4 * numbers(batch, 1), "log_weight": log_weight, "snr_gamma": snr_gamma}
-
-    return Case(ops.fake_score_loss, 2, settings)
-
-
-def fake_from_outputs_case(schedule: Schedule, weighted: bool) -> Case:
-    def settings(batch: int) -> dict[str, Any]:
-        log_weight = numbers(batch, 2) - 1 if weighted else None
-        return {"schedule": schedule, "t": timesteps(batch)[2], "log_weight": log_weight}
-
-    return Case(ops.fake_score_loss_from_outputs, 3, settings)
-
-
-def tdm_case(cfg_per_sample: bool, huber_c: float | None) -> Case:
-    def settings(batch: int) -> dict[str, Any]:
-        return {"cfg": 4 * numbers(batch, 3) if cfg_per_sample else 4.5, "huber_c": huber_c}
-
-    return Case(ops.tdm_loss, 4, settings)
-
-
-def tdm_from_outputs_case(schedule: Schedule, cfg_per_sample: bool, huber_c: float | None) -> Case:
-    def settings(batch: int) -> dict[str, Any]:
-        t_gen, _, t = timesteps(batch)
-        cfg = 4 * numbers(batch, 3) if cfg_per_sample else 4.5
-        return {"schedule": schedule, "t_gen": t_gen, "t": t, "cfg": cfg, "huber_c": huber_c}
-
-    return Case(ops.tdm_loss_from_outputs, 6, settings)
-
-
-def pseudo_huber_case(weighted: bool, c: float, reduction: str) -> Case:
-    def settings(batch: int) -> dict[str, Any]:
-        return {"c": c, "weight": numbers(batch, 4) if weighted else None, "reduction": reduction}
-
-    return Case(ops.pseudo_huber, 2, settings)
-
-
-CASES = {
-    **{f"ode_step-{name}": ode_step_case(schedule) for name, schedule in SCHEDULES.items()},
-    **{f"renoise-{name}": renoise_case(schedule) for name, schedule in SCHEDULES.items()},
-    "fake_score_loss": fake_case(False, 5.0),
-    "fake_score_loss-weighted": fake_case(True, math.inf),
-    "fake_score_loss_from_outputs": fake_from_outputs_case(SCHEDULE, False),
-    "fake_score_loss_from_outputs-weighted": fake_from_outputs_case(SCHEDULES["epsilon"], True),
-    "tdm_loss": tdm_case(False, 1e-3),
-    "tdm_loss-squared-cfg": tdm_case(True, None),
-    "tdm_loss_from_outputs": tdm_from_outputs_case(SCHEDULE, True, 1e-3),
-    "tdm_loss_from_outputs-squared": tdm_from_outputs_case(SCHEDULES["flow"], False, None),
-    "pseudo_huber-mean": pseudo_huber_case(False, 1e-3, "mean"),
-    "pseudo_huber-sum": pseudo_huber_case(True, 0.5, "sum"),
-    "pseudo_huber-none": pseudo_huber_case(True, 0.5, "none"),
-    "pseudo_huber-per_sample": pseudo_huber_case(False, 1e-3, "per_sample"),
-    "pseudo_huber-mean-weighted": pseudo_huber_case(True, 1e-3, "mean"),
-}
-EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def latents_of(case: Case, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    return [normal(shape, dtype, seed + i).to(DEVICE) for i in range(case.latents)]
 
 
 @pytest.fixture
@@ -177,49 +65,25 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-DRAWS = 8
-
-
-def assert_accurate(case: Case, draw: Callable[[int], list[Tensor]]) -> None:
-    """Error at most twice the plain same-precision version's largest one plus one ulp of the output dtype.
-
-    The kernels run on the first draw of inputs, the plain version on all: a scalar's error is one number, 0 by luck.
-    """
-    plain_error = [0.0] * 3
-    for index in reversed(range(DRAWS)):
-        latents = draw(index)
-        plain, exact = case(latents, "torch"), case([latent.double() for latent in latents], "torch")
-        for i, (same, wanted) in enumerate(zip(plain, exact, strict=True)):
-            plain_error[i] = max(plain_error[i], float((same.double() - wanted).abs().max()))
-    for ours, same, wanted, largest in zip(case(latents, "triton"), plain, exact, plain_error, strict=False):
-        assert ours.dtype == same.dtype and ours.shape == same.shape and ours.is_contiguous()
-        numbers = torch.finfo(ours.dtype)
-        error = (ours.double() - wanted).abs()
-        bound = 2 * largest + numbers.eps * wanted.abs().clamp(min=numbers.tiny)
-        assert torch.all(error <= bound), f"{error.max():.3e}, plain {largest:.3e}, value {wanted.abs().max():.3e}"
-
-
 @EVERY_CASE
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_against_float64(case: Case, shape: tuple[int, ...], poisoned_memory: None) -> None:
-    alike = [[dtype] * case.latents for dtype in DTYPES]
-    mixed = [[DTYPES[(first + i) % 3] for i in range(case.latents)] for first in range(3)]
-    # The interpreter takes milliseconds per program: one combination per size, but for the size of several blocks.
-    combinations = [*alike, *mixed] if not INTERPRETED or shape == (1, 4097) else mixed[math.prod(shape) % 3 :][:1]
+    combinations = dtype_lists(case.latents)
+    if INTERPRETED and shape != (1, 4097):
+        # The interpreter takes milliseconds per program: the mixed dtypes in turn, all of them at one size.
+        combinations = [combinations[3 + math.prod(shape) % 3]]
     for dtypes in combinations:
-        assert_accurate(
-            case, lambda draw, dtypes=dtypes: [normal(shape, dtypes[i], 10 * draw + i) for i in range(case.latents)]
-        )
+        draws = ([normal(shape, dtype, 10 * draw + i) for i, dtype in enumerate(dtypes)] for draw in range(DRAWS))
+        assert_accurate(case, DEVICE, "triton", *draws)
 
 
 @EVERY_CASE
 def test_latents_that_nearly_agree(case: Case) -> None:
     """There the pseudo-Huber loss is a parabola, and differences lose digits."""
-    common = normal((2, 1023), torch.float32, 9)
-    assert_accurate(
-        case,
-        lambda draw: [common + 1e-3 * normal((2, 1023), torch.float32, 10 * draw + i) for i in range(case.latents)],
-    )
+    common, draws = normal((2, 1023), torch.float32, 9), []
+    for draw in range(DRAWS):
+        draws.append([common + 1e-3 * normal((2, 1023), torch.float32, 10 * draw + i) for i in range(case.latents)])
+    assert_accurate(case, DEVICE, "triton", *draws)
 
 
 # Latents [2, 3, 5, 7] out of a larger tensor [4, 6, 7, 7].
@@ -239,21 +103,21 @@ STRIDED: tuple[Callable[[Tensor], Tensor], ...] = (
 @EVERY_CASE
 def test_strided(case: Case) -> None:
     """The same bits as from contiguous latents, each latent strided in each way beside others strided otherwise."""
-    full = [normal((4, 6, 7, 7), DTYPES[seed % 3], seed) for seed in range(case.latents)]
+    full = [normal((4, 6, 7, 7), DTYPES[seed % 3], seed).to(DEVICE) for seed in range(case.latents)]
     for first in range(0, len(STRIDED), 2 if INTERPRETED else 1):
         latents = [STRIDED[(first + i) % len(STRIDED)](latent) for i, latent in enumerate(full)]
         assert all(latent.shape == (2, 3, 5, 7) for latent in latents)
-        expected = case([latent.contiguous() for latent in latents], "triton")
-        for ours, wanted in zip(case(latents, "triton"), expected, strict=True):
+        expected = results(case, [latent.contiguous() for latent in latents], "triton")
+        for ours, wanted in zip(results(case, latents, "triton"), expected, strict=True):
             assert ours.is_contiguous() and torch.equal(ours, wanted)
 
 
 @EVERY_CASE
 def test_infinite_and_undefined_numbers(case: Case) -> None:
     for special, position in itertools.product((math.inf, -math.inf, math.nan), range(case.latents)):
-        latents = [normal((2, 50), torch.float32, seed) for seed in range(case.latents)]
+        latents = latents_of(case, (2, 50), torch.float32)
         latents[position][1, 7] = special
-        for ours, wanted in zip(case(latents, "triton"), case(latents, "torch"), strict=True):
+        for ours, wanted in zip(results(case, latents, "triton"), results(case, latents, "torch"), strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -261,59 +125,56 @@ def test_infinite_and_undefined_numbers(case: Case) -> None:
 def test_empty(case: Case) -> None:
     for shape in ((0, 5), (2, 0), (0,)):
         latents = [torch.zeros(shape, device=DEVICE) for _ in range(case.latents)]
-        for ours, wanted in zip(case(latents, "triton"), case(latents, "torch"), strict=True):
+        for ours, wanted in zip(results(case, latents, "triton"), results(case, latents, "torch"), strict=True):
             assert ours.dtype == wanted.dtype
             torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @EVERY_CASE
 def test_same_bits_every_time(case: Case) -> None:
-    latents = [normal((2, 9001), torch.bfloat16, seed) for seed in range(case.latents)]
-    first, second = case(latents, "triton"), case(latents, "triton")
+    latents = latents_of(case, (2, 9001), torch.bfloat16)
+    first, second = results(case, latents, "triton"), results(case, latents, "triton")
     assert all(torch.equal(ours, again) for ours, again in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("huber_c", [1e-3, None])
 def test_all_equal_batch(huber_c: float | None) -> None:
-    latent = normal((2, 37), torch.float32, 0)
-    for loss, residual, _ in (
-        kernel("tdm_loss")(latent, latent, latent, latent, None, 4.5, huber_c, True),
-        kernel("fake_score_loss")(latent, latent, torch.ones(2, device=DEVICE), None, 5.0, True),
-        kernel("pseudo_huber")(latent, latent, 1e-3, None, "mean", True),
-    ):
-        assert float(loss) == 0.0 and torch.equal(residual, torch.zeros_like(latent))
+    latent = normal((2, 37), torch.float32, 0).to(DEVICE)
+    for case in (tdm_case(False, huber_c), fake_case(True, 5.0), pseudo_huber_case(True, 1e-3, "mean")):
+        assert all(not value.any() for value in results(case, [latent] * case.latents, "triton"))
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "loss" in name or "huber" in name])
-def test_without_gradient(case: str) -> None:
-    """The value is the same, the residual is empty."""
-    name = case.split("-")[0]
-    x = [normal((2, 1500), torch.float16, seed) for seed in range(CASES[case].latents)]
-    t_gen, _, t = timesteps(2)
-    known, snr = tables(SCHEDULE, "a", "b"), numbers(2, 0)
-    settings: tuple[Any, ...] = {
-        "tdm_loss": (None, 4.5, None),
-        "tdm_loss_from_outputs": (*known, t_gen, t, None, 4.5, 1e-3),
-        "fake_score_loss": (snr, None, 5.0),
-        "fake_score_loss_from_outputs": (*known, *tables(SCHEDULE, "snr"), t, None, 5.0),
-        "pseudo_huber": (1e-3, None, "mean"),
-    }[name]
-    with_gradient, without = kernel(name)(*x, *settings, True), kernel(name)(*x, *settings, False)
-    assert torch.equal(with_gradient[0], without[0]) and without[1].numel() == 0
-    bounded = name in ("tdm_loss_from_outputs", "pseudo_huber")
-    assert with_gradient[1].dtype == (torch.float16 if bounded else torch.float32)
+@EVERY_CASE
+def test_without_gradient(case: Case) -> None:
+    """The same values where nobody asks for a gradient, and no residual is stored."""
+    latents = latents_of(case, (2, 1500), torch.float16)
+    with torch.no_grad():
+        values = case.run(*latents, backend="triton")
+    assert all(
+        torch.equal(value, wanted) for value, wanted in zip(values, results(case, latents, "triton"), strict=False)
+    )
+
+
+@pytest.mark.parametrize("huber_c", [1e-3, None])
+def test_a_squared_residual_does_not_overflow_float16(huber_c: float | None) -> None:
+    latents = [torch.full((2, 9), value, dtype=torch.float16, device=DEVICE) for value in (0.0, 6e4, -6e4, 6e4)]
+    for with_gradient in (True, False):
+        _, residual, scale = kernel("tdm_loss")(*latents, None, 4.5, huber_c, with_gradient)
+        stored = torch.float16 if huber_c is not None and with_gradient else torch.float32
+        assert residual.dtype == stored and residual.numel() == 18 * with_gradient
+        assert bool(residual.isfinite().all()) and scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale_gradient(dtype: torch.dtype) -> None:
     """Against the product in float64, for one upstream gradient, one per sample and one per element."""
-    scale = numbers(3, 0)
+    scale = numbers(torch.empty(3, device=DEVICE), 0)
     for residual_type, shape in itertools.product((dtype, torch.float32), ((3, 1025), (3,), (3, 2, 3))):
-        residual = normal(shape, residual_type, 1)
-        per_element = normal(shape, torch.float32, 2)
+        residual = normal(shape, residual_type, 1).to(DEVICE)
+        per_element = normal(shape, torch.float32, 2).to(DEVICE)
         upstreams = [
             torch.tensor(-2.5, device=DEVICE),
-            numbers(3, 3),
+            numbers(scale, 3),
             per_element.flatten()[0].expand(shape),
             per_element,
         ]
@@ -333,19 +194,18 @@ def test_timesteps_outside_the_tables_give_nan() -> None:
     x = torch.ones(6, 9, device=DEVICE)
     outside = torch.tensor([1000, -1, 1 << 40, -(1 << 40), 1001, -7], device=DEVICE)
     inside, beyond = torch.full_like(outside, 5), outside.where(outside != -1, 1000)
-    known = tables(SCHEDULE, "a", "b", "c", "d", "alpha", "sigma")
-    a, b = known[:2]
-    (snr,) = tables(SCHEDULE, "snr")
+    here = SCHEDULE.to(DEVICE)
+    known = (here.a, here.b, here.c, here.d, here.alpha, here.sigma)
     for t, t_next in ((outside, inside), (inside, beyond)):
         assert kernel("ode_step")(x, x, *known, t, t_next).isnan().all()
     for steps in ((outside, inside, inside), (inside, beyond, inside), (inside, inside, beyond)):
         noisy, x0, log_weight = kernel("renoise")(x, x, *known, *steps, None, None, 0, 0, 0, 0, x)
         assert noisy.isnan().all() and log_weight.isnan().all()
         assert x0.isnan().all() or steps[0] is inside
-    loss, _, scale = kernel("fake_score_loss_from_outputs")(x, x, x, a, b, snr, outside, None, 5.0, True)
+    loss, _, scale = kernel("fake_score_loss_from_outputs")(x, x, x, here.a, here.b, here.snr, outside, None, 5.0, True)
     assert loss.isnan() and scale.isnan().all()
     for t_gen, t in ((outside, inside), (inside, outside)):
-        loss, _, scale = kernel("tdm_loss_from_outputs")(*[x] * 6, a, b, t_gen, t, None, 4.5, 1e-3, True)
+        loss, _, scale = kernel("tdm_loss_from_outputs")(*[x] * 6, here.a, here.b, t_gen, t, None, 4.5, 1e-3, True)
         assert loss.isnan() and scale.isnan().all()
 
 
