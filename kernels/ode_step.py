@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+from tdm_fast.kernels._latents import BLOCK, ROUND_AS_WRITTEN, entry, grid_of, load, on_device, place
+from tdm_fast.ops._rows import rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks"])
 def _ode_step_kernel(
     sample,
     model_output,
@@ -24,36 +25,30 @@ def _ode_step_kernel(
     timesteps,
     next_timesteps,
     length,
+    sample_stride,
+    output_stride,
     per_sample,
     chunks,
+    SAMPLE_ELEMENT: tl.constexpr,
+    OUTPUT_ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """result = (alpha a + sigma c) sample + (alpha b + sigma d) model_output, or x0 if t_next is -1."""
-    program = tl.program_id(0)
-    index = program // chunks
+    index, start = place(chunks, BLOCK)
     t = tl.load(timesteps + index)
     t_next = tl.load(next_timesteps + index)
-    valid = (t >= 0) & (t < length) & (t_next >= -1) & (t_next < length)
-    # Outside the tables nothing may be read: the result is NaN there.
-    nan = float("nan")
-    a = tl.load(table_a + t, mask=valid, other=nan)
-    b = tl.load(table_b + t, mask=valid, other=nan)
-    c = tl.load(table_c + t, mask=valid, other=nan)
-    d = tl.load(table_d + t, mask=valid, other=nan)
-    has_next = valid & (t_next >= 0)
-    alpha = tl.load(table_alpha + t_next, mask=has_next, other=nan)
-    sigma = tl.load(table_sigma + t_next, mask=has_next, other=nan)
-    sample_scale = tl.where(has_next, alpha * a + sigma * c, a)
-    output_scale = tl.where(has_next, alpha * b + sigma * d, b)
+    a, b = entry(table_a, t, length), entry(table_b, t, length)
+    c, d = entry(table_c, t, length), entry(table_d, t, length)
+    alpha, sigma = entry(table_alpha, t_next, length), entry(table_sigma, t_next, length)
+    sample_scale = tl.where(t_next == -1, a, alpha * a + sigma * c)
+    output_scale = tl.where(t_next == -1, b, alpha * b + sigma * d)
 
-    # 64-bit, since a batch of video latents can have more than 2^31 elements.
-    within = (program % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    offsets = index.to(tl.int64) * per_sample + within
+    within = start + tl.arange(0, BLOCK)
     mask = within < per_sample
-    x = tl.load(sample + offsets, mask=mask).to(tl.float32)
-    out = tl.load(model_output + offsets, mask=mask).to(tl.float32)
+    x = load(sample, index, sample_stride, within, mask, SAMPLE_ELEMENT)
+    out = load(model_output, index, output_stride, within, mask, OUTPUT_ELEMENT)
     value = x * sample_scale + out * output_scale
-    tl.store(result + offsets, value.to(result.dtype.element_ty), mask=mask)
+    tl.store(result + index * per_sample + within, value.to(result.dtype.element_ty), mask=mask)
 
 
 def ode_step(
@@ -68,15 +63,16 @@ def ode_step(
     t: Tensor,
     t_next: Tensor,
 ) -> Tensor:
-    """Launch the kernel on contiguous tensors: latents `[B, ...]`, float32 tables `[N]`, int64 timesteps `[B]`."""
-    result = torch.empty_like(sample)
+    """Launch the kernel: latents `[B, ...]`, contiguous float32 tables `[N]`, int64 timesteps `[B]`."""
+    result = torch.empty_like(sample, memory_format=torch.contiguous_format)
     if sample.numel() == 0:
         return result
-    per_sample = sample.numel() // sample.shape[0]
-    chunks = triton.cdiv(per_sample, _BLOCK)
-    grid = (sample.shape[0] * chunks,)
-    tables = (a, b, c, d, alpha, sigma)
-    _ode_step_kernel[grid](
-        sample, model_output, result, *tables, t, t_next, a.shape[0], per_sample, chunks, BLOCK=_BLOCK
-    )
+    per_sample, chunks, grid = grid_of(sample, BLOCK)
+    x, x_stride, x_element = rows(sample)
+    out, out_stride, out_element = rows(model_output)
+    with on_device(sample):
+        _ode_step_kernel[grid](
+            x, out, result, a, b, c, d, alpha, sigma, t.contiguous(), t_next.contiguous(), a.shape[0],
+            x_stride, out_stride, per_sample, chunks, x_element, out_element, BLOCK, **ROUND_AS_WRITTEN,
+        )  # fmt: skip
     return result

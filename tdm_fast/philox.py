@@ -123,6 +123,12 @@ def bounded(words: Tensor, bound: int | Tensor) -> Tensor:
     return (words * bound) >> 32
 
 
+def check_stream(value: int, name: str = "stream") -> None:
+    """Raise ValueError unless a stream (or a purpose) fits its 16 bits of the counter."""
+    if not 0 <= value < 1 << 16:
+        raise ValueError(f"{name} is {value}; it must be in [0, 65536)")
+
+
 def _words(
     shape: tuple[int, ...],
     batch_size: int,
@@ -136,9 +142,8 @@ def _words(
     """All words of the blocks that cover `shape`: int64 `[batch_size, ceil(elements / 4), 4]`."""
     if batch_size < 0 or any(size < 0 for size in shape):
         raise ValueError(f"batch_size is {batch_size} and the sample's shape {shape}; sizes must be 0 or more")
-    for name, value in (("stream", stream), ("purpose", purpose)):
-        if not 0 <= value < 1 << 16:
-            raise ValueError(f"{name} is {value}; it must be in [0, 65536)")
+    check_stream(stream)
+    check_stream(purpose, "purpose")
     blocks = torch.arange(-(-math.prod(shape) // 4), device=device).expand(batch_size, -1)
     samples = (torch.arange(batch_size, device=device)[:, None] + sample_offset) & _MASK
     counter = torch.zeros(*blocks.shape, 4, dtype=torch.int64, device=device)

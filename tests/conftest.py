@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -26,13 +27,14 @@ sys.exit(cli.main(arguments))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked `gpu` on a machine without a CUDA device."""
-    if torch.cuda.is_available():
-        return
-    without_gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
-    if without_gpu:
-        config.hook.pytest_deselected(items=without_gpu)
-        items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
+    """Deselect tests marked `gpu` on a machine without a CUDA device, and `compute_sanitizer` without that tool."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    there = {"gpu": torch.cuda.is_available(), "compute_sanitizer": sanitizer is not None}
+    missing = {marker for marker, available in there.items() if not available}
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in missing)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def build_teacher(folder: Path, *, frames: int, size: int) -> Path:

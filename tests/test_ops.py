@@ -116,7 +116,9 @@ def test_renoise_noise_is_the_documented_draw() -> None:
     drawn = renoise(sample, output, seed=7, iteration=2, stream=1, sample_offset=10, **options)
     noise = randn(3, (2, 5), seed=7, iteration=2, stream=1, purpose=Purpose.RENOISE, sample_offset=10)
     given = renoise(sample, output, seed=0, iteration=0, noise=noise, **options)
-    assert all(torch.equal(left, right) for left, right in zip(drawn, given, strict=True))
+    for value, wanted in zip(drawn, given, strict=True):
+        # Normals made in the kernel agree within 1e-6, and no factor here is above 1.
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=2e-6)
     on_device = renoise(
         sample, output, seed=torch.tensor(7), iteration=torch.tensor(2), stream=1, sample_offset=10, **options
     )

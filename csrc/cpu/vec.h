@@ -1,7 +1,7 @@
 // One vector register of floats, and how latents of each dtype are loaded into it and stored from it.
 //
 // Included by files that are compiled once per instruction set: TDM_FAST_ISA is the namespace (isa_default, isa_avx2,
-// isa_avx512). Vec supports * and + through the compiler's vector types.
+// isa_avx512). Vec supports + - * / through the compiler's vector types, and what maths.h adds to those.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,8 @@
 #else
 #include <torch/headeronly/util/Half.h>
 #endif
+
+#define TDM_FAST_MEMBER inline __attribute__((always_inline))
 
 namespace tdm_fast {
 namespace TDM_FAST_ISA {
@@ -48,6 +50,10 @@ TDM_FAST_INLINE void store(Half* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+using Doubles = __m512d;
+TDM_FAST_INLINE Doubles low_doubles(Vec v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
+TDM_FAST_INLINE Doubles high_doubles(Vec v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
+
 #elif defined(__AVX2__)
 
 using Vec = __m256;
@@ -79,6 +85,10 @@ TDM_FAST_INLINE void store(Half* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+using Doubles = __m256d;
+TDM_FAST_INLINE Doubles low_doubles(Vec v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v)); }
+TDM_FAST_INLINE Doubles high_doubles(Vec v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)); }
+
 #else
 
 using Vec = float;
@@ -104,9 +114,13 @@ TDM_FAST_INLINE void store(BFloat16* p, Vec v) {
 }
 TDM_FAST_INLINE void store(Half* p, Vec v) { p->bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(v); }
 
+using Doubles = double;
+TDM_FAST_INLINE Doubles low_doubles(Vec v) { return v; }
+TDM_FAST_INLINE Doubles high_doubles(Vec) { return 0.0; }
+
 #endif
 
-// The last n < width elements: through a padded buffer, so that they are computed exactly as all others are.
+// The last n < width elements: through a padded buffer, so that they are converted exactly as all others are.
 template <class T>
 TDM_FAST_INLINE Vec load_tail(const T* p, int64_t n) {
   T buffer[width] = {};
@@ -120,6 +134,42 @@ TDM_FAST_INLINE void store_tail(T* p, Vec v, int64_t n) {
   store(buffer, v);
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
+
+// Element i, or the register that begins there.
+template <class V>
+TDM_FAST_INLINE V at(const float* p, int64_t i) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return p[i];
+  } else {
+    return load(p + i);
+  }
+}
+
+// A sum in double of registers full of floats. Add short float sums to it: a handful of numbers each.
+class Sum {
+ public:
+  TDM_FAST_MEMBER void add(Vec v) {
+    low_ += low_doubles(v);
+    high_ += high_doubles(v);
+  }
+
+  TDM_FAST_MEMBER void add_one(float v) { rest_ += static_cast<double>(v); }
+
+  TDM_FAST_MEMBER double total() const {
+    const Doubles both = low_ + high_;
+    double lanes[sizeof(Doubles) / sizeof(double)], total = 0.0;
+    __builtin_memcpy(lanes, &both, sizeof(both));
+    for (double lane : lanes) total += lane;
+    return total + rest_;
+  }
+
+ private:
+  Doubles low_ = {}, high_ = {};
+  double rest_ = 0.0;
+};
+
+// Registers of floats that are added up before they go into a Sum. A register of one float would make that one sum of 8.
+constexpr int64_t run_length = width == 1 ? 1 : 8;
 
 }  // namespace TDM_FAST_ISA
 }  // namespace tdm_fast

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tdm_fast import native
 
@@ -99,6 +100,24 @@ def choose(op: str, device_type: str, requested: str = "") -> str:
 def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function that implements `op` on `backend`; `choose` has said that it can run."""
     return _implementations[op][backend]
+
+
+def select(op: str, backend: str, *latents: Tensor) -> Callable[..., Any]:
+    """The implementation of `op` that runs on `latents`; `backend` is what `check_backend` returned.
+
+    Only the definition computes in float64; choosing it quietly is no loss of speed anyone asked for.
+    """
+    if any(tensor.dtype == torch.float64 for tensor in latents):
+        return _implementations[op]["torch"]
+    return _implementations[op][choose(op, latents[0].device.type, backend)]
+
+
+def is_plain_eager(latents: Tensor) -> bool:
+    """Whether nothing traces or transforms what is done to `latents`: then an op's function may be called directly."""
+    if torch.compiler.is_compiling():
+        return False
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return not watched and type(latents) in (Tensor, torch.nn.Parameter)
 
 
 def _hint(backend: str) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tdm_fast.ops import _dispatch
-from tdm_fast.ops._checks import one_per_sample, same_shape
+from tdm_fast.ops._checks import in_tables, one_per_sample, same_latents
+from tdm_fast.ops._rows import as_rows
 from tdm_fast.schedule import Schedule, compute_dtype, per_sample
 
 
@@ -30,21 +31,12 @@ def ode_step(
     timesteps outside the schedule. On a GPU, where looking at them would stall it, those give NaN (in "torch" a
     device assertion).
     """
-    same_shape("model_output", model_output, "sample", sample)
-    for name, tensor in (("sample", sample), ("model_output", model_output)):
-        if tensor.dtype not in _LATENT_DTYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; latents are float32, bfloat16, float16 or float64")
-    for name, tensor in (("model_output", model_output), ("t", t), ("t_next", t_next)):
-        if tensor.device != sample.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on sample's device, {sample.device}")
+    same_latents("sample", sample, model_output=model_output)
     one_per_sample("t", t, sample, integer=True)
     one_per_sample("t_next", t_next, sample, integer=True)
     here = schedule.to(sample.device)
     tables = (here.a, here.b, here.c, here.d, here.alpha, here.sigma)
     return _ode_step(sample, model_output, *tables, t, t_next, _dispatch.check_backend(backend))
-
-
-_LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _scales(
@@ -67,17 +59,21 @@ def _definition(sample: Tensor, model_output: Tensor, *tables_and_timesteps: Ten
     return result.to(sample.dtype).contiguous()
 
 
+def _rows(sample: Tensor, model_output: Tensor, *tables_and_timesteps: Tensor) -> tuple[Tensor, ...]:
+    return as_rows(sample), as_rows(model_output), *(values.contiguous() for values in tables_and_timesteps)
+
+
 def _cpp(*tensors: Tensor) -> Tensor:
-    return torch.ops.tdm_fast_cpu.ode_step(*(tensor.contiguous() for tensor in tensors))
+    return torch.ops.tdm_fast_cpu.ode_step(*_rows(*tensors))
 
 
 def _cuda(*tensors: Tensor) -> Tensor:
-    return torch.ops.tdm_fast_cuda.ode_step(*(tensor.contiguous() for tensor in tensors))
+    return torch.ops.tdm_fast_cuda.ode_step(*_rows(*tensors))
 
 
 def _triton(*tensors: Tensor) -> Tensor:
     # Imported when used: triton is optional, and reads TRITON_INTERPRET when its kernels are defined.
-    return importlib.import_module("tdm_fast.kernels.ode_step").ode_step(*(tensor.contiguous() for tensor in tensors))
+    return importlib.import_module("tdm_fast.kernels.ode_step").ode_step(*_rows(*tensors))
 
 
 _dispatch.register("ode_step", {"torch": _definition, "cpp": _cpp, "cuda": _cuda, "triton": _triton})
@@ -97,20 +93,10 @@ def _ode_step(
     t_next: Tensor,
     backend: str,
 ) -> Tensor:
-    if sample.device.type == "cpu":
-        _check_range("t", t, 0, a.shape[0])
-        _check_range("t_next", t_next, -1, a.shape[0])
-    # Only the definition computes in float64; choosing it quietly is no loss of speed anyone asked for.
-    is_double = compute_dtype(sample, model_output) == torch.float64
-    chosen = "torch" if is_double else _dispatch.choose("ode_step", sample.device.type, backend)
-    return _dispatch.implementation("ode_step", chosen)(sample, model_output, a, b, c, d, alpha, sigma, t, t_next)
-
-
-def _check_range(name: str, timesteps: Tensor, low: int, length: int) -> None:
-    if timesteps.numel() > 0 and (int(timesteps.min()) < low or int(timesteps.max()) >= length):
-        raise ValueError(
-            f"{name} is {timesteps.tolist()}; timesteps must be from {low} to {length - 1} in this schedule"
-        )
+    in_tables(a.shape[0], t=t)
+    in_tables(a.shape[0], -1, t_next=t_next)
+    run = _dispatch.select("ode_step", backend, sample, model_output)
+    return run(sample, model_output, a, b, c, d, alpha, sigma, t, t_next)
 
 
 @_ode_step.register_fake

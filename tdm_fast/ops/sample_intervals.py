@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdm_fast.philox import Purpose, bounded, random_integers
+from tdm_fast.ops import _dispatch
+from tdm_fast.ops._checks import counter
+from tdm_fast.philox import Purpose, bounded, check_stream, random_integers
 from tdm_fast.schedule import Schedule
+
+MAX_NODES = 256
+"""Longest trajectory that the kernels take, whose arguments hold it; longer ones run the definition."""
 
 
 def trajectory_nodes(num_steps: int, total_steps: int) -> list[int]:
@@ -100,6 +108,13 @@ def _check_schedule(schedule: Schedule, total_steps: int, highest: int, margin: 
         )
 
 
+@functools.lru_cache(maxsize=64)
+def _checked_nodes(num_steps: int, total_steps: int, nodes: tuple[int, ...] | None, *options: Any) -> list[int]:
+    """What `check_intervals` returns, remembered: a training run asks the same thing twice per iteration."""
+    names = ("separate", "randmid", "min_timestep", "margin", "mid_gap")
+    return check_intervals(num_steps, total_steps, nodes=nodes, **dict(zip(names, options, strict=True)))
+
+
 def sample_intervals(
     batch_size: int,
     *,
@@ -116,6 +131,7 @@ def sample_intervals(
     margin: int = 10,
     mid_gap: int = 20,
     device: torch.device | str = "cpu",
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw `(k, t_gen, t_mid, t)`, int64 `[B]` each, on `device`, without host synchronisation.
 
@@ -125,36 +141,130 @@ def sample_intervals(
 
     `nodes` are explicit timesteps, descending, in place of t_k = k*T//K - 1. `seed` and `iteration` are ints or 0-d
     int64 tensors on `device`; `sample_offset` is the global index of the first sample. Of the sample's first Philox
-    block (purpose INTERVALS) word 0 gives k, word 1 t_mid and word 2 t. Raises ValueError as `check_intervals` does.
+    block (purpose INTERVALS) word 0 gives k, word 1 t_mid and word 2 t. `backend` forces one of "cpp", "cuda",
+    "triton", "torch". Raises ValueError as `check_intervals` does, for a negative `batch_size`, and for a backend that
+    cannot run here.
     """
-    trajectory = check_intervals(
-        num_steps,
-        total_steps,
-        separate=separate,
-        randmid=randmid,
-        nodes=nodes,
-        min_timestep=min_timestep,
-        margin=margin,
-        mid_gap=mid_gap,
-    )
+    options = (separate, randmid, min_timestep, margin, mid_gap)
+    # torch.compile looks through the cache, with a warning, and then keeps the result in its graph itself.
+    checked = _checked_nodes.__wrapped__ if torch.compiler.is_compiling() else _checked_nodes
+    trajectory = checked(num_steps, total_steps, None if nodes is None else tuple(nodes), *options)
+    if batch_size < 0:
+        raise ValueError(f"batch_size is {batch_size}; it must be 0 or more")
+    check_stream(stream)
+    device = torch.device(device)
+    seed_tensor, seed = counter("seed", seed, device)
+    iteration_tensor, iteration = counter("iteration", iteration, device)
+    draw = (seed_tensor, iteration_tensor, seed, iteration, trajectory, total_steps, stream, sample_offset, *options)
+    backend = _dispatch.check_backend(backend)
+    # A tracer needs the custom op; it alone costs as much as everything else here, and nothing is differentiable.
+    if torch.compiler.is_compiling() or not _dispatch.is_plain_eager(out := _empty(batch_size, device)):
+        out = _sample_intervals(batch_size, *draw, device, backend)
+    else:
+        _fill(out, backend, *draw)
+    k, t_gen, t_mid, t = out.unbind(0)
+    return k, t_gen, t_mid, t
+
+
+def _definition(
+    out: Tensor,
+    seed_tensor: Tensor | None,
+    iteration_tensor: Tensor | None,
+    seed: int,
+    iteration: int,
+    nodes: list[int],
+    total_steps: int,
+    stream: int,
+    sample_offset: int,
+    separate: bool,
+    randmid: bool,
+    min_timestep: int,
+    margin: int,
+    mid_gap: int,
+) -> None:
     words = random_integers(
         (4,),
-        batch_size,
-        seed=seed,
-        iteration=iteration,
+        out.shape[1],
+        seed=seed if seed_tensor is None else seed_tensor,
+        iteration=iteration if iteration_tensor is None else iteration_tensor,
         stream=stream,
         purpose=Purpose.INTERVALS,
         sample_offset=sample_offset,
-        device=device,
+        device=out.device,
     )
-    k = 1 + bounded(words[:, 0], num_steps)
+    k = 1 + bounded(words[:, 0], len(nodes))
     # Selecting among constants instead of indexing a table: a table would have to be copied to the device first.
     t_gen, t_mid = torch.zeros_like(k), torch.zeros_like(k)
-    for step, node in zip(range(num_steps, 0, -1), trajectory, strict=True):
+    for step, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
         t_gen = torch.where(k == step, node, t_gen)
         t_mid = torch.where(k == step + 1, node + 1, t_mid)
     if randmid:
         t_mid = t_mid + bounded(words[:, 1], t_gen - mid_gap - t_mid)
     low = t_mid.clamp(min=min_timestep)
     high = t_gen - margin if separate else torch.full_like(t_gen, total_steps - margin)
-    return k, t_gen, t_mid, low + bounded(words[:, 2], high - low)
+    torch.stack((k, t_gen, t_mid, low + bounded(words[:, 2], high - low)), out=out)
+
+
+def _cpp(*arguments: Any) -> None:
+    torch.ops.tdm_fast_cpu.sample_intervals(*arguments)
+
+
+def _cuda(*arguments: Any) -> None:
+    torch.ops.tdm_fast_cuda.sample_intervals(*arguments)
+
+
+def _triton(*arguments: Any) -> None:
+    importlib.import_module("tdm_fast.kernels.sample_intervals").sample_intervals(*arguments)
+
+
+_dispatch.register("sample_intervals", {"torch": _definition, "cpp": _cpp, "cuda": _cuda, "triton": _triton})
+
+
+def _empty(batch_size: int, device: torch.device) -> Tensor:
+    return torch.empty((4, batch_size), dtype=torch.int64, device=device)
+
+
+def _fill(
+    out: Tensor,
+    backend: str,
+    seed_tensor: Tensor | None,
+    iteration_tensor: Tensor | None,
+    seed: int,
+    iteration: int,
+    nodes: list[int],
+    *others: Any,
+) -> None:
+    chosen = _dispatch.choose("sample_intervals", out.device.type, backend) if len(nodes) <= MAX_NODES else "torch"
+    run = _dispatch.implementation("sample_intervals", chosen)
+    run(out, seed_tensor, iteration_tensor, seed, iteration, nodes, *others)
+
+
+@torch.library.custom_op("tdm_fast::sample_intervals", mutates_args=())
+def _sample_intervals(
+    batch_size: int,
+    seed_tensor: Tensor | None,
+    iteration_tensor: Tensor | None,
+    seed: int,
+    iteration: int,
+    nodes: list[int],
+    total_steps: int,
+    stream: int,
+    sample_offset: int,
+    separate: bool,
+    randmid: bool,
+    min_timestep: int,
+    margin: int,
+    mid_gap: int,
+    device: torch.device,
+    backend: str,
+) -> Tensor:
+    out = _empty(batch_size, device)
+    options = (separate, randmid, min_timestep, margin, mid_gap)
+    draw = (seed_tensor, iteration_tensor, seed, iteration, nodes, total_steps, stream, sample_offset, *options)
+    _fill(out, backend, *draw)
+    return out
+
+
+@_sample_intervals.register_fake
+def _(batch_size: int, *others: Any) -> Tensor:
+    return _empty(batch_size, others[-2])

@@ -1,0 +1,289 @@
+"""The C++ kernels behind the public functions against float64 and the definitions: values, gradients, strides, bits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_cases import (
+    CASES,
+    DTYPES,
+    EVERY_CASE,
+    SCHEDULES,
+    STRIDED,
+    Case,
+    assert_accurate,
+    dtype_lists,
+    fake_case,
+    normal,
+    pseudo_huber_case,
+    results,
+    tdm_case,
+)
+from torch import Tensor
+
+from tdm_fast import native, ops
+from tdm_fast.ops import _dispatch, _residual
+from tdm_fast.ops._rows import as_rows
+
+# Around the vector widths (8, 16), a block (512) and a chunk (4096); past the grain of a thread; rank 1.
+SIZES = ((1, 1), (3, 7), (2, 519), (2, 1023), (1, 4097), (2, 3, 5, 7), (2, 40001), (5,), (37, 8))
+DRAWS = 3
+_KNOWN = ("default", "avx2", "avx512")
+INSTRUCTION_SETS = _KNOWN[
+    : 1 + _KNOWN.index((native.build_info() or {"instruction_set": "default"})["instruction_set"])
+]
+BOTH = pytest.mark.parametrize("backend", ["torch", "cpp"])
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN, so that an element which a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    """The same bits, NaN where the other has NaN."""
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0)) for mine, other in pairs)
+
+
+def check_accuracy(case: Case, sizes: tuple[tuple[int, ...], ...]) -> None:
+    for shape in sizes:
+        for dtypes in dtype_lists(case.latents):
+            draws = ([normal(shape, dtype, 10 * d + i) for i, dtype in enumerate(dtypes)] for d in range(DRAWS))
+            assert_accurate(case, "cpu", "cpp", *draws)
+    # Latents that nearly agree, where the pseudo-Huber loss is a parabola.
+    common, near = normal((2, 1023), torch.float32, 9), []
+    for draw in range(DRAWS):
+        near.append([common + 1e-3 * normal((2, 1023), torch.float32, 10 * draw + i) for i in range(case.latents)])
+    assert_accurate(case, "cpu", "cpp", *near)
+
+
+@EVERY_CASE
+def test_against_float64(case: Case, poisoned_memory: None) -> None:
+    check_accuracy(case, SIZES)
+
+
+_ACCURACY = """
+import sys, test_native_ops as tests
+
+assert tests.native.build_info()["instruction_set"] == sys.argv[1]
+for case in tests.CASES.values():
+    tests.check_accuracy(case, ((3, 7), (1, 4097)))
+tests.check_normals()
+print("all accurate")
+"""
+
+
+def check_normals() -> None:
+    """Normals of this process's instruction set against the definition's, by way of noisy = x0 + noise."""
+    drawn, wanted = (exposed_normals(2, 4099, 3, backend) for backend in ("cpp", "torch"))
+    assert (drawn - wanted).abs().max() < 1e-6
+
+
+def exposed_normals(batch: int, size: int, iteration: int, backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The noise that renoise makes: without signal, noisy is beta * noise, and at flow's last timestep beta is 1."""
+    schedule, latents = SCHEDULES["flow"], torch.zeros(batch, size, dtype=dtype)
+    t = torch.full((batch,), 999)
+    times = {"t_gen": t, "t_mid": torch.zeros_like(t) - 1, "t": t}
+    return ops.renoise(latents, latents, schedule=schedule, **times, seed=5, iteration=iteration, backend=backend)[0]
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_every_instruction_set(instruction_set: str) -> None:
+    """Those that this processor has, each in a process of its own: which one runs is decided once."""
+    paths = os.pathsep.join([str(Path(native.__file__).parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "ATEN_CPU_CAPABILITY": instruction_set}
+    command = [sys.executable, "-c", _ACCURACY, instruction_set]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.stdout == "all accurate\n", done.stdout + done.stderr
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("change", STRIDED.values(), ids=STRIDED.keys())
+def test_strided(case: Case, change: Callable[[Tensor], Tensor]) -> None:
+    """The same bits as from copies; all latents strided, and each second one beside others that are not."""
+    for dtypes in ([torch.bfloat16] * case.latents, dtype_lists(case.latents)[-1]):
+        full = [normal((4, 6, 5, 8), dtype, seed) for seed, dtype in enumerate(dtypes)]
+        copies = [change(latent).contiguous() for latent in full]
+        expected = results(case, copies, "cpp")
+        for which in (range(case.latents), range(0, case.latents, 2), range(1, case.latents, 2)):
+            latents = [change(latent) if i in which else copies[i] for i, latent in enumerate(full)]
+            assert same(results(case, latents, "cpp"), expected)
+
+
+@pytest.mark.parametrize("change", STRIDED)
+def test_which_strided_latents_are_copied(change: str) -> None:
+    """Halves of 2C channels, chunks of a batch and expanded latents go to the kernel as they are."""
+    latents = STRIDED[change](normal((4, 6, 5, 8), torch.float32, 0))
+    assert (as_rows(latents) is latents) == (change not in ("transposed", "every other channel"))
+
+
+@EVERY_CASE
+def test_same_bits_for_every_thread_count(case: Case, threads: Callable[[int], None]) -> None:
+    latents = [normal((3, 50_001), torch.bfloat16, seed) for seed in range(case.latents)]
+    runs = []
+    for count in (1, 2, 3, 1):
+        threads(count)
+        runs.append(results(case, latents, "cpp"))
+    assert all(same(run, runs[0]) for run in runs[1:])
+    assert all(value.isfinite().all() for value in runs[0])
+
+
+@EVERY_CASE
+def test_infinite_and_undefined_numbers(case: Case) -> None:
+    """They spread as they do in the definition, into the sums of their own sample as well."""
+    for special, position in itertools.product((math.inf, -math.inf, math.nan), range(case.latents)):
+        latents = [normal((3, 57), torch.float32, seed) for seed in range(case.latents)]
+        latents[position][1, 7] = special
+        for mine, wanted in zip(results(case, latents, "cpp"), results(case, latents, "torch"), strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@EVERY_CASE
+def test_empty_and_single(case: Case) -> None:
+    for shape in ((0, 5), (2, 0), (0,), (1,), (1, 1)):
+        latents = [torch.full(shape, 0.5 + i) for i in range(case.latents)]
+        for mine, wanted in zip(results(case, latents, "cpp"), results(case, latents, "torch"), strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@BOTH
+@pytest.mark.parametrize("huber_c", [1e-3, None])
+def test_all_equal_batch(huber_c: float | None, backend: str) -> None:
+    latent = normal((2, 37), torch.float32, 0)
+    for case in (tdm_case(False, huber_c), fake_case(True, 5.0), pseudo_huber_case(True, 1e-3, "mean")):
+        assert all(not value.any() for value in results(case, [latent] * case.latents, backend))
+
+
+LOSSES = {name: case for name, case in CASES.items() if "step" not in name and "renoise" not in name}
+
+
+@pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_gradients_are_autograds_of_the_definition(case: Case, dtype: torch.dtype) -> None:
+    """What the forward leaves for the backward, in definition and kernel, against autograd of the formula."""
+    latents = [normal((3, 4, 41), dtype, seed) for seed in range(case.latents)]
+    exact = autograd_gradient(case, [latent.double() for latent in latents])
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bound = 2 * torch.finfo(dtype).eps * exact.abs() + 2e-6 * exact.abs().max() + 2 * least
+    for backend in ("torch", "cpp"):
+        leaf = latents[0].clone().requires_grad_()
+        (loss,) = case.run(leaf, *latents[1:], backend=backend)
+        # Twice over, with another factor: the first backward must not have touched what the second needs.
+        (first,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 3.0), retain_graph=True)
+        (second,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, -0.5))
+        assert first.dtype == dtype and first.shape == leaf.shape
+        assert torch.all((first.double() - 3 * exact).abs() <= 3 * bound)
+        assert torch.all((second.double() + 0.5 * exact).abs() <= bound)
+
+
+def autograd_gradient(case: Case, latents: list[Tensor]) -> Tensor:
+    """The sum of the results, differentiated by autograd through the definition's own torch operations."""
+    leaf = latents[0].clone().requires_grad_()
+
+    def definition(op: Any, run: Callable[..., Any], *inputs: Any) -> Tensor:
+        # Without the backend's name, an op's arguments are the definition's.
+        return _dispatch.implementation(run.__name__.removeprefix("_run_"), "torch")(*inputs[1:-1])[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_residual, "loss", definition)
+        plain = _dispatch.implementation("pseudo_huber", "torch")
+        patch.setattr(sys.modules["tdm_fast.ops.pseudo_huber"], "_pseudo_huber", lambda *inputs: plain(*inputs[:-1]))
+        (loss,) = case.run(leaf, *latents[1:], backend="torch")
+    kind = type(loss.grad_fn).__name__.removesuffix("0")
+    assert kind in ("MeanBackward", "SumBackward", "MulBackward", "CloneBackward")
+    return torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+def test_gradients_survive_half_precision_and_loss_scaling() -> None:
+    """A million elements: the gradient is below float16's least number, the residual is not."""
+    latents = [normal((1, 1_000_003), torch.float16, seed) for seed in range(4)]
+    leaf, scale = latents[0].clone().requires_grad_(), 2.0**16
+    (ops.tdm_loss(leaf, *latents[1:], cfg=4.5, backend="cpp") * scale).backward()
+    exact = latents[0].double().requires_grad_()
+    (ops.tdm_loss(exact, *(x.double() for x in latents[1:]), cfg=4.5) * scale).backward()
+    assert leaf.grad is not None and exact.grad is not None
+    assert exact.grad.abs().median() / scale < torch.finfo(torch.float16).smallest_normal
+    assert torch.all((leaf.grad.double() - exact.grad).abs() <= 2 * 2.0**-10 * exact.grad.abs() + 2.0**-20)
+
+
+def test_squared_errors_that_overflow_half_precision() -> None:
+    left, right = torch.full((1, 8), 6e4, dtype=torch.float16), torch.full((1, 8), -6e4, dtype=torch.float16)
+    leaf = left.clone().requires_grad_()
+    (1e-6 * ops.fake_score_loss(leaf, right, snr=torch.ones(1), backend="cpp")).backward()
+    torch.testing.assert_close(leaf.grad, torch.full_like(left, 1e-6 * 2 * 1.2e5 / 8), rtol=1e-3, atol=0)
+
+
+def test_no_gradient_is_made_that_nobody_wants() -> None:
+    latents = [normal((2, 9), torch.float32, seed) for seed in range(4)]
+    leaf = latents[0].clone().requires_grad_()
+    with torch.no_grad():
+        assert not ops.tdm_loss(leaf, *latents[1:], cfg=2.0).requires_grad
+    others = [latent.requires_grad_() for latent in latents[1:]]
+    assert not ops.tdm_loss(latents[0], *others, cfg=2.0).requires_grad
+    residual = torch.ops.tdm_fast_cpu.tdm_loss(*(latent.detach() for latent in latents), None, 2.0, None, False)[1]
+    assert residual.numel() == 0
+
+
+INTERVALS: tuple[dict[str, Any], ...] = (
+    {"num_steps": 4, "total_steps": 900, "seed": 1, "iteration": 2},
+    {"num_steps": 4, "total_steps": 900, "randmid": True, "seed": -1, "iteration": (1 << 32) + 5, "stream": 65535},
+    {"num_steps": 1, "total_steps": 1000, "separate": False, "seed": 1 << 63, "iteration": 0, "sample_offset": 1 << 32},
+    {"num_steps": 4, "total_steps": 1000, "nodes": [999, 856, 665, 399], "seed": (1 << 63) - 7, "iteration": 1 << 31},
+    {"num_steps": 300, "total_steps": 30_000, "seed": 3, "iteration": 4},
+)
+
+
+@pytest.mark.parametrize("settings", INTERVALS, ids=str)
+def test_intervals_are_the_definitions(settings: dict[str, Any]) -> None:
+    wrapped = {"seed": (settings["seed"] + (1 << 63)) % (1 << 64) - (1 << 63), "iteration": settings["iteration"]}
+    as_tensors = {name: torch.tensor(value) for name, value in wrapped.items()}
+    for batch in (0, 1, 300):
+        expected = ops.sample_intervals(batch, **settings, backend="torch")
+        for given in (settings, {**settings, **as_tensors}):
+            drawn = ops.sample_intervals(batch, **given, backend="cpp")
+            assert all(torch.equal(mine, wanted) for mine, wanted in zip(drawn, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpp"])
+def test_more_than_two_to_the_31_elements(backend: str) -> None:
+    """Expanded half-precision latents against the closed form; the definition would need 16 GiB for each."""
+    size = (1 << 31) + 5
+    one, two, three, four = (torch.full((1, 1), value, dtype=torch.float16).expand(1, size) for value in (1, 2, 3, 4))
+    # guided = 2 + (2 - 3) = 1.5 with cfg 1.5; d = 1.5 - 4, w = |1 - 1.5|.
+    loss = ops.tdm_loss(one, two, three, four, cfg=1.5, huber_c=1e-3, backend=backend)
+    assert float(loss) == pytest.approx((math.sqrt(2.5**2 + 1e-6) - 1e-3) / 0.5, rel=1e-6)
+    loss = ops.fake_score_loss(one, three, snr=torch.tensor([2.0]), backend=backend)
+    assert float(loss) == pytest.approx(2 * 4, rel=1e-6)
+    assert float(ops.pseudo_huber(one, three, c=1e-3, reduction="sum", backend=backend)) == pytest.approx(
+        size * (math.sqrt(4 + 1e-6) - 1e-3), rel=1e-6
+    )
+    t = torch.tensor([500])
+    moved = ops.ode_step(one, two, schedule=SCHEDULES["flow"], t=t, t_next=t - 200, backend=backend)
+    schedule = SCHEDULES["flow"]
+    wanted = 1 + 2 * float(schedule.sigma[300] - schedule.sigma[500])
+    ends = moved[0, [0, size // 2, size - 1]]
+    torch.testing.assert_close(ends, torch.full_like(ends, wanted), rtol=2e-3, atol=0)
+    assert torch.equal(moved[0].min(), moved[0].max())
