@@ -45,7 +45,7 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11: the first version whose stable ABI 
 HEADER_FOLDERS = ("csrc/stable/", "csrc/inductor/aoti_torch/", "headeronly/")
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
-# Every operation rounds as written; without errno and floating-point traps, loops with roots and choices become vectors.
+# Every operation rounds as written; without errno and floating-point traps, roots and choices become vectors.
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-lineinfo"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]

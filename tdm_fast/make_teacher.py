@@ -328,7 +328,7 @@ def train_decoder(vae: WFVAEModel, config: TeacherConfig, work: Path, log: Path)
     def loss(step: int) -> Tensor:
         videos = _vae_clips(4, seed, step, whole=True)
         with torch.no_grad():
-            latents = vae.encode(videos).latent_dist.sample(torch.Generator().manual_seed(step))
+            latents = vae.encode(videos, return_dict=False)[0].sample(torch.Generator().manual_seed(step))
         return _pixel_loss(vae, latents, videos)
 
     Stage("vae_decoder", vae.decoder, loss, config.decoder_steps, 1e-3, ema=0.998).run(
@@ -337,7 +337,7 @@ def train_decoder(vae: WFVAEModel, config: TeacherConfig, work: Path, log: Path)
 
 
 def _pixel_loss(vae: WFVAEModel, latents: Tensor, videos: Tensor) -> Tensor:
-    error = vae.decode(latents).sample - videos
+    error = vae.decode(latents, return_dict=False)[0] - videos
     # The shape covers a few per cent of the pixels and is all there is to learn.
     weight = 1 + 4 * (videos - tiny_shapes.BACKGROUND).abs().amax(1, keepdim=True).clamp(max=1)
     return (weight * (error.abs() + error.square())).mean()
