@@ -36,19 +36,21 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def loss_outputs(differentiated: Tensor, bounded: bool, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def residual_dtype(differentiated: torch.dtype, bounded: bool) -> torch.dtype:
+    """The dtype of a loss's residual: its input's, or float32 where it is not `bounded` and could overflow float16."""
+    return torch.float32 if differentiated == torch.float16 and not bounded else differentiated
+
+
+def loss_outputs(latents: Tensor, dtype: torch.dtype, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised `(loss, residual, scale)` of a loss of latents `[B, ...]`: a scalar, `[B, ...]` and `[B]`.
 
-    The residual has the input's dtype, or float32 where it is not `bounded` and could overflow float16; without
-    `with_gradient` it is empty and float32.
+    The residual has `dtype`; without `with_gradient` it is empty and float32.
     """
-    device, dtype = differentiated.device, differentiated.dtype
-    if not with_gradient or (dtype == torch.float16 and not bounded):
-        dtype = torch.float32
-    shape = differentiated.shape if with_gradient else (0,)
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    scale = torch.empty(differentiated.shape[:1], dtype=torch.float32, device=device)
-    return loss, torch.empty(shape, dtype=dtype, device=device), scale
+    loss = torch.empty((), dtype=torch.float32, device=latents.device)
+    scale = torch.empty(latents.shape[:1], dtype=torch.float32, device=latents.device)
+    if not with_gradient:
+        return loss, torch.empty(0, dtype=torch.float32, device=latents.device), scale
+    return loss, torch.empty(latents.shape, dtype=dtype, device=latents.device), scale
 
 
 @triton.jit
@@ -83,8 +85,11 @@ def entry_or_clean(table, t, length, clean):
 def row_sums(slots, row, row_mask, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """float64 `[ROWS]`: the sums over all chunks of the rows `row`, in an order that the shape alone decides."""
     total = tl.zeros((ROWS, COLUMNS), tl.float64)
-    for start in range(0, chunks, COLUMNS):
+    # No range: the interpreter of Triton 3.6 cannot take one up to a tensor from numpy 2.4 on.
+    start = 0
+    while start < chunks:
         column = start + tl.arange(0, COLUMNS)
         mask = row_mask[:, None] & (column < chunks)[None, :]
         total += tl.load(slots + row[:, None] * chunks + column[None, :], mask=mask, other=0.0)
+        start += COLUMNS
     return tl.sum(total, axis=1)

@@ -23,6 +23,7 @@ from tdm_fast.kernels._latents import (
     loss_outputs,
     on_device,
     place,
+    residual_dtype,
     row_sums,
 )
 from tdm_fast.ops._rows import rows
@@ -92,7 +93,8 @@ def _finish_kernel(
     """
     elements = batch.to(tl.float64) * per_sample
     total = tl.zeros((ROWS,), tl.float64)
-    for first in range(0, batch, ROWS):
+    first = 0
+    while first < batch:
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         mask = row < batch
         if timesteps is not None:
@@ -112,6 +114,7 @@ def _finish_kernel(
         if timesteps is not None:
             factor *= entry(table_b, t, length).to(tl.float64)
         tl.store(scale + row, factor.to(tl.float32), mask=mask)
+        first += ROWS
     tl.store(loss, (tl.sum(total) / batch).to(tl.float32))
 
 
@@ -158,7 +161,7 @@ def _loss(
     snr_gamma: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, residual, scale = loss_outputs(prediction, False, with_gradient)
+    loss, residual, scale = loss_outputs(prediction, residual_dtype(prediction.dtype, False), with_gradient)
     if prediction.numel() == 0:
         return loss.fill_(float("nan")), residual, scale.fill_(float("nan"))
     per_sample, chunks, grid = grid_of(prediction, BLOCK * RUNS)

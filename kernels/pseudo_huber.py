@@ -91,7 +91,8 @@ def _finish_kernel(
     if REDUCTION == "per_sample":
         divisor = per_sample.to(tl.float64)
     total = tl.zeros((ROWS,), tl.float64)
-    for first in range(0, batch, ROWS):
+    first = 0
+    while first < batch:
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         mask = row < batch
         factor = tl.full((ROWS,), 1.0, tl.float64)
@@ -104,6 +105,7 @@ def _finish_kernel(
                 tl.store(value + row, (sums / divisor).to(tl.float32), mask=mask)
             else:
                 total += sums
+        first += ROWS
     if (REDUCTION == "mean") or (REDUCTION == "sum"):
         tl.store(value, (tl.sum(total) / divisor).to(tl.float32))
 
@@ -114,10 +116,11 @@ def pseudo_huber(
     """`(value, residual, scale)` from `[B, ...]` inputs; `weight` float32 `[B]` or None; `reduction` as in the op.
 
     `value` is float32, a scalar, `[B]` ("per_sample") or `[B, ...]` ("none"). Its gradient to input, minus that to
-    target, is residual * scale: `residual` `[B, ...]` in input's dtype (empty without `with_gradient`), `scale`
-    float32 `[B]`.
+    target, is residual * scale: `residual` `[B, ...]` (empty without `with_gradient`), `scale` float32 `[B]`.
     """
-    value, residual, scale = loss_outputs(input, True, with_gradient)
+    # Both inputs may get a gradient: the residual's dtype serves either.
+    dtype = input.dtype if input.dtype == target.dtype else torch.float32
+    value, residual, scale = loss_outputs(input, dtype, with_gradient)
     if reduction in ("none", "per_sample"):
         shape = input.shape if reduction == "none" else input.shape[:1]
         value = torch.empty(shape, dtype=torch.float32, device=input.device)

@@ -23,6 +23,7 @@ from tdm_fast.kernels._latents import (
     loss_outputs,
     on_device,
     place,
+    residual_dtype,
     row_sums,
 )
 from tdm_fast.ops._rows import rows
@@ -190,7 +191,8 @@ def _finish_kernel(
     """
     elements = batch.to(tl.float64) * per_sample
     total = tl.zeros((ROWS,), tl.float64)
-    for first in range(0, batch, ROWS):
+    first = 0
+    while first < batch:
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         mask = row < batch
         w = row_sums(slots, row, mask, chunks, ROWS, COLUMNS) / per_sample
@@ -202,6 +204,7 @@ def _finish_kernel(
             t_gen = tl.load(timesteps_gen + row, mask=mask, other=0)
             factor *= entry(table_b, t_gen, length).to(tl.float64)
         tl.store(scale + row, factor.to(tl.float32), mask=mask)
+        first += ROWS
     tl.store(loss, (tl.sum(total) / elements).to(tl.float32))
 
 
@@ -220,7 +223,7 @@ def tdm_loss(
     The gradient of the float32 scalar `loss` to x0 is residual * scale: `residual` `[B, ...]` (empty without
     `with_gradient`), `scale` float32 `[B]`.
     """
-    loss, residual, scale = loss_outputs(x0, huber_c is not None, with_gradient)
+    loss, residual, scale = loss_outputs(x0, residual_dtype(x0.dtype, huber_c is not None), with_gradient)
     if x0.numel() == 0:
         return loss.fill_(float("nan")), residual, scale.fill_(float("nan"))
     per_sample, chunks, grid = grid_of(x0, BLOCK * RUNS)
@@ -252,7 +255,8 @@ def tdm_loss_from_outputs(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`tdm_loss` from raw outputs `[B, ...]`, with float32 tables `a`, `b` `[N]` and int64 timesteps `[B]`."""
-    loss, residual, scale = loss_outputs(model_output, huber_c is not None, with_gradient)
+    dtype = residual_dtype(model_output.dtype, huber_c is not None)
+    loss, residual, scale = loss_outputs(model_output, dtype, with_gradient)
     if model_output.numel() == 0:
         return loss.fill_(float("nan")), residual, scale.fill_(float("nan"))
     per_sample, chunks, grid = grid_of(model_output, BLOCK * RUNS)
