@@ -44,6 +44,7 @@ TORCH_REQUIREMENT = "torch>=2.11"
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the first version whose stable ABI has all that csrc/ uses
 HEADER_FOLDERS = ("csrc/stable/", "csrc/inductor/aoti_torch/", "headeronly/")
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CGROUP = "/sys/fs/cgroup"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # Every operation rounds as written; without errno and floating-point traps, roots and choices become vectors.
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -174,9 +175,23 @@ def max_jobs() -> int:
             raise SystemExit(f"MAX_JOBS is {named!r}; it takes a number of compilers to run at once, 1 or more")
         return int(named)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    meminfo = Path("/proc/meminfo")
-    free = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-    return max(1, min(cores, int(free[1]) // 2**21)) if free else cores
+    return max(1, min([cores, *(free // 2**31 for free in free_memory())]))
+
+
+def free_memory() -> list[int]:
+    """Bytes that the machine and, in a container, the control group have left; what is not known is left out."""
+    free = []
+    meminfo, limit, used = (Path(p) for p in ("/proc/meminfo", f"{CGROUP}/memory.max", f"{CGROUP}/memory.current"))
+    if meminfo.is_file() and (available := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        free.append(int(available[1]) * 1024)
+    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+        free.append(int(most) - int(used.read_text()))
+    return free
+
+
+def host_compiler(cxx: str) -> str:
+    """The compiler in a CXX such as "ccache g++ -m64", which nvcc wants alone."""
+    return next(word for word in shlex.split(cxx) if Path(word).name not in ("ccache", "sccache", "distcc"))
 
 
 def run(command: Sequence[str | Path]) -> None:
@@ -242,7 +257,7 @@ def build_cuda(scratch: Path, target: Path) -> Result:
     commands = binding_commands(cxx, torch, scratch, "CUDA", ["-DTDM_FAST_CUDA_LIBRARY", "-DUSE_CUDA"])
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         output = scratch / f"{source.stem}.cu.o"
-        commands.append([nvcc, *flags, "-ccbin", shlex.split(cxx)[0], "-c", source, "-o", output])
+        commands.append([nvcc, *flags, "-ccbin", host_compiler(cxx), "-c", source, "-o", output])
     run_all(commands)
     # The CUDA runtime goes in statically: then the library does not care which CUDA release torch brings.
     folders = [f"-L{folder}" for folder in _cuda_library_folders(nvcc)]

@@ -78,7 +78,7 @@ class TeacherConfig:
     evaluator_steps: int = 1500
     text_steps: int = 300
     vae_steps: int = 4000
-    decoder_steps: int = 2000
+    decoder_steps: int = 6000
     """Then the VAE's decoder alone, which leaves the latents as they are."""
     transformer_steps: int = 10000
     """All noise levels alike."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -111,8 +112,23 @@ def test_number_of_compilers(script: dict[str, Any], monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("MAX_JOBS")
     assert 1 <= script["max_jobs"]() <= (os.cpu_count() or 1)
     # 3 GiB free: one compiler, however many cores there are.
+    monkeypatch.setitem(script["free_memory"].__globals__, "CGROUP", "/nowhere")
     monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 99 kB\nMemAvailable:    3145728 kB\n")
     assert script["max_jobs"]() == 1
+
+
+def test_memory_is_the_containers(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(script["free_memory"].__globals__, "CGROUP", str(tmp_path))
+    (tmp_path / "memory.max").write_text("max\n")
+    assert len(script["free_memory"]()) == 1
+    (tmp_path / "memory.max").write_text(f"{5 * 2**30}\n")
+    (tmp_path / "memory.current").write_text(f"{2 * 2**30}\n")
+    assert script["free_memory"]()[1] == 3 * 2**30
+    assert script["max_jobs"]() == 1
+
+
+def test_nvcc_gets_the_compiler_behind_a_cache(script: dict[str, Any]) -> None:
+    assert [script["host_compiler"](cxx) for cxx in ("g++", "/usr/bin/ccache clang++ -m64")] == ["g++", "clang++"]
 
 
 def _fake_nvcc(folder: Path, architectures: str) -> str:
@@ -200,3 +216,28 @@ def test_every_way_to_install(kind: str, tmp_path: Path) -> None:
     used = subprocess.check_output([python, "-c", _USE], cwd=tmp_path, text=True, env=environment)
     package = source / "tdm_fast" if kind == "editable" else site_packages / "tdm_fast"
     assert used == f"{package} torch.Size([2, 3]) 2.11\n"
+
+
+# Two builds of the supported range: one for CUDA and one for the CPU alone, of different minor versions.
+TORCH_BUILDS = ("2.13.0", "2.14.1")
+
+
+@pytest.mark.slow
+def test_a_library_runs_under_another_torch(tmp_path: Path) -> None:
+    """Built here, beside this environment's torch; used in an environment that has another one, installed by pip."""
+    here = importlib.metadata.version("torch").partition("+")[0]
+    other = next(version for version in TORCH_BUILDS if version != here)
+    source = _copy_source(tmp_path / "source")
+    build = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(build, check=True, cwd=source, env=environment | {"TDM_FAST_BUILD": "cpu"})
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv/bin/python")
+    wheel = next(tmp_path.glob("*.whl"))
+    subprocess.run([python, "-m", "pip", "install", "-q", f"torch=={other}", str(wheel), "pytest", "scipy"], check=True)
+    code = "import torch, tdm_fast; print(torch.__version__, tdm_fast.__file__)"
+    used = subprocess.check_output([python, "-c", code], cwd=tmp_path, text=True, env=environment)
+    assert used.startswith(other) and str(tmp_path / "venv") in used
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("conftest.py", "__pycache__"))
+    tests = [python, "-m", "pytest", "-q", "-c", "/dev/null", "test_native_ops.py", "-m", "not slow"]
+    subprocess.run(tests, check=True, cwd=tmp_path / "tests", env=environment)

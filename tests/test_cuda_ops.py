@@ -23,7 +23,10 @@ from op_cases import (
     SCHEDULES,
     STRIDED,
     Case,
+    Recorder,
     assert_accurate,
+    check_compiled,
+    check_ops,
     dtype_lists,
     fake_case,
     normal,
@@ -33,7 +36,6 @@ from op_cases import (
     tdm_case,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdm_fast import ops
 from tdm_fast.ops import _dispatch
@@ -215,46 +217,12 @@ def test_normals_are_the_definitions(device: str) -> None:
 @EVERY_CASE
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(case: Case, dynamic: bool, device: str) -> None:
-    # All cases compile the same line, whose recompilations are limited.
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda *x: case.run(*x, backend="cuda"),
-        fullgraph=True,
-        dynamic=dynamic,
-        backend="aot_eager" if device == "cpu" else "inductor",
-    )
-    whole = Case(case.latents, lambda *x, backend: compiled(*x))
-    for batch in (2, 3):
-        latents = [normal((batch, 40), torch.bfloat16, seed).to(device) for seed in range(case.latents)]
-        for mine, wanted in zip(results(whole, latents, "cuda"), results(case, latents, "cuda"), strict=True):
-            torch.testing.assert_close(mine, wanted)
+    check_compiled(case, device, "cuda", dynamic)
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the calls of this project's ops, to be checked one by one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if function.namespace == "tdm_fast":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_opcheck(name: str, device: str) -> None:
-    """Of every op that a case calls, the backward's among them, with latents that are strided too."""
-    case = CASES[name]
-    latents = [normal((3, 4, 6), torch.bfloat16, seed).to(device) for seed in range(case.latents)]
-    for change in (STRIDED["first half of the channels"], lambda x: x.transpose(1, 2)):
-        with Recorder() as recorder:
-            results(case, [change(latent) for latent in latents], "cuda")
-        assert recorder.calls
-        for function, args in recorder.calls:
-            first = args[0].detach().requires_grad_("scale_gradient" not in str(function))
-            torch.library.opcheck(function, (first, *args[1:]))
+@EVERY_CASE
+def test_opcheck(case: Case, device: str) -> None:
+    check_ops(case, device, "cuda")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "step" in name or "renoise" in name or "outputs" in name])

@@ -23,7 +23,7 @@ from tdm_fast.make_teacher import Stage, TeacherConfig, make_teacher
 from tdm_fast.models.loading import load_pipeline
 
 NETWORKS = ("evaluator", "text_encoder", "vae", "transformer")
-STAGES = (*NETWORKS, "transformer_detail")
+STAGES = ("evaluator", "text_encoder", "vae", "vae_decoder", "transformer", "transformer_detail")
 
 
 class Interruptions:

@@ -26,6 +26,7 @@ from op_cases import (
     normal,
     pseudo_huber_case,
     results,
+    steps,
     tdm_case,
 )
 from torch import Tensor
@@ -148,6 +149,30 @@ def test_same_bits_for_every_thread_count(case: Case, threads: Callable[[int], N
         runs.append(results(case, latents, "cpp"))
     assert all(same(run, runs[0]) for run in runs[1:])
     assert all(value.isfinite().all() for value in runs[0])
+
+
+def test_noise_made_in_the_kernel(threads: Callable[[int], None], poisoned_memory: None) -> None:
+    """For any strides and number of threads the same bits, and the definition's numbers."""
+
+    def run(sample: Tensor, output: Tensor, backend: str) -> list[Tensor]:
+        settings = {**steps(sample, "t_gen", "t_mid", "t"), "schedule": SCHEDULES["flow"], "seed": 3, "iteration": 9}
+        return list(ops.renoise(sample, output, **settings, sample_offset=5, backend=backend))
+
+    for dtype, tolerance in ((torch.float32, 4e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        for shape in ((1, 1), (3, 7), (2, 1023), (1, 4097), (3, 50_001)):
+            latents = normal(shape, dtype, 0), normal(shape, dtype, 1)
+            for mine, wanted in zip(run(*latents, "cpp"), run(*latents, "torch"), strict=True):
+                torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance)
+        runs = []
+        for count in (1, 2, 3):
+            threads(count)
+            runs.append(run(*latents, "cpp"))
+        assert all(same(other, runs[0]) for other in runs[1:])
+        full = [normal((4, 6, 5, 8), dtype, seed) for seed in range(2)]
+        for change in STRIDED.values():
+            strided = [change(latent) for latent in full]
+            copies = [latent.contiguous() for latent in strided]
+            assert same(run(strided[0], strided[1], "cpp"), run(copies[0], copies[1], "cpp"))
 
 
 @EVERY_CASE
@@ -280,10 +305,32 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
     assert float(ops.pseudo_huber(one, three, c=1e-3, reduction="sum", backend=backend)) == pytest.approx(
         size * (math.sqrt(4 + 1e-6) - 1e-3), rel=1e-6
     )
-    t = torch.tensor([500])
-    moved = ops.ode_step(one, two, schedule=SCHEDULES["flow"], t=t, t_next=t - 200, backend=backend)
-    schedule = SCHEDULES["flow"]
-    wanted = 1 + 2 * float(schedule.sigma[300] - schedule.sigma[500])
+    # pseudo_huber's gradient and its scaling, of which every element is the same.
+    leaf = one.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.pseudo_huber(leaf, three, reduction="sum", backend=backend), leaf)
+    ends = gradient[0, [0, size // 2, size - 1]]
+    torch.testing.assert_close(ends, torch.full_like(ends, -1), rtol=1e-3, atol=0)
+    assert torch.equal(gradient[0].min(), gradient[0].max())
+    del gradient
+    # From raw outputs with flow: x0 = sample - sigma * output. All scores see the same latents.
+    t, flow = torch.tensor([500]), SCHEDULES["flow"]
+    sigma = float(flow.sigma[500])
+    times: dict[str, Any] = {"schedule": flow, "t": t, "backend": backend}
+    loss = ops.tdm_loss_from_outputs(one, two, two, two, three, four, t_gen=t, cfg=1.5, huber_c=None, **times)
+    # guided = 2 - 1.5 s, d = s * (4 - 1.5), x0 = 2 - s, w = |x0 - guided|.
+    assert float(loss) == pytest.approx((2.5 * sigma) ** 2 / (0.5 * sigma), rel=1e-5)
+    loss = ops.fake_score_loss_from_outputs(one, two, four, **times)
+    weight = min(float(flow.snr[500]), 5.0)
+    assert float(loss) == pytest.approx(weight * (2 - sigma - 4) ** 2, rel=1e-5)
+    # The noise of the last elements is theirs, not that of an index that has wrapped.
+    zero = torch.zeros((1, 1), dtype=torch.float16).expand(1, size)
+    last = {"t_gen": t - t + 999, "t": t - t + 999, "t_mid": t - t - 1}
+    noise = ops.renoise(zero, zero, schedule=flow, **last, seed=5, iteration=1, backend=backend)[0]
+    assert noise[0, -5:].unique().numel() == 5 and not torch.equal(noise[0, -5:], noise[0, :5])
+    assert abs(float(noise[0, -1_000_000:].float().std()) - float(flow.sigma[999])) < 5e-3
+    del noise
+    moved = ops.ode_step(one, two, schedule=flow, t=t, t_next=t - 200, backend=backend)
+    wanted = 1 + 2 * float(flow.sigma[300] - flow.sigma[500])
     ends = moved[0, [0, size // 2, size - 1]]
     torch.testing.assert_close(ends, torch.full_like(ends, wanted), rtol=2e-3, atol=0)
     assert torch.equal(moved[0].min(), moved[0].max())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tdm_fast.ops import (
@@ -372,8 +373,17 @@ def test_bad_arguments_name_themselves() -> None:
         renoise(x, x, schedule=schedule, t_gen=T, t_mid=T[:2], t=T, seed=0, iteration=0)
     with pytest.raises(ValueError, match=r"reduction is 'max'"):
         pseudo_huber(x, x, reduction="max")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"c is nan"):
-        pseudo_huber(x, x, c=math.nan)
+    for c in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"c is {c}; it must be a finite number above 0"):
+            pseudo_huber(x, x, c=c)
+    with pytest.raises(ValueError, match=r"huber_c is inf"):
+        tdm_loss(x, x, x, x, cfg=1.0, huber_c=math.inf)
+    with pytest.raises(ValueError, match=r"seed is 1.5; it must be an int"):
+        renoise(x, x, schedule=schedule, t_gen=T, t_mid=T, t=T, seed=1.5, iteration=0)  # type: ignore[arg-type]
+    for op in (ode_step, fake_score_loss_from_outputs):
+        keywords = {"t": T, "t_next": T} if op is ode_step else {"x0": x, "t": T}
+        with pytest.raises(ValueError, match=r"schedule is a DDIMScheduler; it must be a tdm_fast.Schedule"):
+            op(x, x, schedule=DDIMScheduler(), **keywords)  # type: ignore[operator]
 
 
 @EVERY_SCHEDULE

@@ -105,9 +105,10 @@ def test_guided_sampling_is_diffusers_ddim(
     exact = plainly(pipeline, noise, trailing(num_steps, 1000), cond, uncond, guidance)
     scale = exact.abs().max()
     error_ours, error_theirs = (float((x - exact).abs().max() / scale) for x in (ours, theirs))
-    # diffusers' tables are float32 throughout, ours come from float64; beyond that both are the network's own rounding.
+    # diffusers' tables are float32 throughout, ours come from float64; beyond that both are the network's own rounding,
+    # which is 0.6e-5 to 2.5e-5 at the strongest guidance, depending on threads and processor.
     assert error_theirs < 1e-3
-    assert error_ours < max(2 * error_theirs, 2e-5)
+    assert error_ours < max(2 * error_theirs, 5e-5)
     assert (ours - noise).abs().mean() > 0.1
 
 

@@ -31,6 +31,7 @@ from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint,
 from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
 from tdm_fast.distill import TDMConfig
 from tdm_fast.models.loading import load_pipeline
+from tdm_fast.ops._dispatch import choose
 from tdm_fast.train import make_state, train, train_step
 
 STEPS = 12
@@ -406,6 +407,24 @@ def test_prompts_of_ones_own_are_encoded_once(
     assert torch.equal(module.prompt_cache(config, teacher, module.prompts_of(config)).negative, first.negative)
     file.write_text("a green triangle\n")
     assert module.prompt_cache(config, teacher, module.prompts_of(config)).prompts == ("a green triangle",)
+
+
+def test_the_main_jobs_losses_do_not_depend_on_the_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The bundled teacher with its own settings: native ops unless told otherwise, the same losses to rounding."""
+    config = parse_train(["--output_dir", str(tmp_path / "run"), "--train_batch_size", "6"])
+    losses: dict[str, list[tuple[float, float]]] = {}
+    for backend, wish in (("cpp", ""), ("torch", "torch")):
+        monkeypatch.setenv("TDM_FAST_BACKEND", wish)
+        assert {choose(op, "cpu") for op in ("renoise", "fake_score_loss_from_outputs", "tdm_loss_from_outputs")} == {
+            backend
+        }
+        teacher = load_pipeline(config.model.model)
+        cache = module.prompt_cache(config, teacher, module.prompts_of(config))
+        state = make_state(teacher.denoiser, config.optimiser)
+        made = [train_step(state, cache, config, teacher.latent_shape) for _ in range(4)]
+        losses[backend] = [(row["loss_fake"], row["loss_student"]) for row in made]
+    for mine, wanted in zip(losses["cpp"], losses["torch"], strict=True):
+        assert mine == pytest.approx(wanted, rel=1e-4)
 
 
 def test_one_iteration(config: TrainConfig) -> None:

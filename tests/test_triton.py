@@ -23,6 +23,8 @@ from op_cases import (
     SCHEDULES,
     Case,
     assert_accurate,
+    check_compiled,
+    check_ops,
     dtype_lists,
     fake_case,
     normal,
@@ -308,3 +310,13 @@ def test_box_muller_at_the_edges() -> None:
     a = 2 * math.pi * both[:, 1].double().add(0.5) * 2.0**-32
     exact = torch.stack((r * a.cos(), r * a.sin()))
     assert (results.cpu().double() - exact).abs().max() <= 1e-6
+
+
+@EVERY_CASE
+def test_opcheck(case: Case) -> None:
+    check_ops(case, DEVICE, "triton")
+
+
+@EVERY_CASE
+def test_compiled(case: Case) -> None:
+    check_compiled(case, DEVICE, "triton", dynamic=True)

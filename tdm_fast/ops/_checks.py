@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdm_fast.schedule import per_sample
+from tdm_fast.schedule import Schedule, per_sample
 
 LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INT64_VALUES = 1 << 64
+_INFINITY = float("inf")
 
 
 def same_latents(like: str, reference: Tensor, **others: Tensor) -> None:
@@ -44,6 +45,22 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be a number above 0")
 
 
+def finite_positive(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a finite number above 0."""
+    if not 0 < value < _INFINITY:
+        raise ValueError(f"{name} is {value}; it must be a finite number above 0")
+
+
+def schedule_on(schedule: Schedule, latents: Tensor) -> Schedule:
+    """The schedule on the latents' device. Raises ValueError for anything that is no `Schedule`."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"schedule is a {type(schedule).__name__}; it must be a tdm_fast.Schedule, which"
+            " Schedule.from_scheduler makes from a diffusers scheduler"
+        )
+    return schedule.to(latents.device)
+
+
 def in_tables(length: int, lowest: int = 0, **timesteps: Tensor) -> None:
     """On the CPU, raise ValueError unless all `timesteps` are from `lowest` to `length - 1`."""
     for name, values in timesteps.items():
@@ -59,6 +76,8 @@ def counter(name: str, value: int | Tensor, device: torch.device) -> tuple[Tenso
 
     Integers wrap modulo 2^64. Raises ValueError for any other tensor.
     """
+    if isinstance(value, float):
+        raise ValueError(f"{name} is {value}; it must be an int or a 0-d torch.int64 tensor on {device}")
     if not isinstance(value, Tensor):
         half = _INT64_VALUES // 2
         return None, value if -half <= value < half else (value + half) % _INT64_VALUES - half

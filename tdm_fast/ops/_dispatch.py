@@ -83,10 +83,10 @@ def choose(op: str, device_type: str, requested: str = "") -> str:
     if wish:
         if wish not in BACKENDS:
             raise ValueError(f"{ENVIRONMENT} is {wish!r}; it takes one of {', '.join(BACKENDS)}, or nothing")
-        reason = unavailable(wish, device_type) if wish in written else "not written"
+        reason = unavailable(wish, device_type) if wish in written else f"not written for {op}"
         if reason is None:
             return wish
-        _warn_once(f"{ENVIRONMENT}={wish} cannot be met for {op} on {device_type} tensors: {reason}{_hint(wish)}")
+        _warn_once(f"{ENVIRONMENT}={wish} cannot be met on {device_type} tensors: {reason}{_hint(wish)}")
     for backend in PREFERENCE.get(device_type, ("torch",)):
         if backend not in written:
             continue

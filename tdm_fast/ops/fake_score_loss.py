@@ -18,6 +18,7 @@ from tdm_fast.ops._checks import (
     positive,
     same_latents,
     sample_mean,
+    schedule_on,
     wants_gradient,
 )
 from tdm_fast.ops._residual import LossOutputs
@@ -71,7 +72,7 @@ def fake_score_loss_from_outputs(
     same_latents("noisy", noisy, model_output=model_output, x0=x0)
     one_per_sample("t", t, noisy, integer=True)
     log_weight = _checked_options(noisy, log_weight, snr_gamma)
-    here = schedule.to(noisy.device)
+    here = schedule_on(schedule, noisy)
     gradient = wants_gradient(model_output)
     options = (log_weight, snr_gamma, gradient, _dispatch.check_backend(backend))
     inputs = (model_output, detached(noisy), detached(x0), here.a, here.b, here.snr, t, *options)

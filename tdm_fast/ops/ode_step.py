@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdm_fast.ops import _dispatch
-from tdm_fast.ops._checks import in_tables, one_per_sample, same_latents
+from tdm_fast.ops._checks import in_tables, one_per_sample, same_latents, schedule_on
 from tdm_fast.ops._rows import as_rows
 from tdm_fast.schedule import Schedule, compute_dtype, per_sample
 
@@ -34,7 +34,7 @@ def ode_step(
     same_latents("sample", sample, model_output=model_output)
     one_per_sample("t", t, sample, integer=True)
     one_per_sample("t_next", t_next, sample, integer=True)
-    here = schedule.to(sample.device)
+    here = schedule_on(schedule, sample)
     tables = (here.a, here.b, here.c, here.d, here.alpha, here.sigma)
     return _ode_step(sample, model_output, *tables, t, t_next, _dispatch.check_backend(backend))
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from tdm_fast.ops import _dispatch, _residual
-from tdm_fast.ops._checks import float_vector, one_per_sample, positive, same_latents, sample_mean, wants_gradient
+from tdm_fast.ops._checks import (
+    finite_positive,
+    float_vector,
+    one_per_sample,
+    same_latents,
+    sample_mean,
+    wants_gradient,
+)
 from tdm_fast.ops._rows import as_rows
 from tdm_fast.schedule import compute_dtype, per_sample
 
@@ -35,7 +42,7 @@ def pseudo_huber(
     cannot run here.
     """
     same_latents("target", target, input=input)
-    positive("c", c)
+    finite_positive("c", c)
     if weight is not None:
         one_per_sample("weight", weight, input)
         weight = weight.detach()

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from tdm_fast.ops import _dispatch
-from tdm_fast.ops._checks import at_timesteps, counter, detached, in_tables, one_per_sample, same_latents, sample_mean
+from tdm_fast.ops._checks import (
+    at_timesteps,
+    counter,
+    detached,
+    in_tables,
+    one_per_sample,
+    same_latents,
+    sample_mean,
+    schedule_on,
+)
 from tdm_fast.ops._rows import as_rows
 from tdm_fast.philox import Purpose, check_stream, randn
 from tdm_fast.schedule import Schedule, compute_dtype, per_sample
@@ -52,7 +61,7 @@ def renoise(
     check_stream(stream)
     seed_tensor, seed = counter("seed", seed, sample.device)
     iteration_tensor, iteration = counter("iteration", iteration, sample.device)
-    here = schedule.to(sample.device)
+    here = schedule_on(schedule, sample)
     tables = (here.a, here.b, here.c, here.d, here.alpha, here.sigma)
     draw = (seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset)
     noise = None if noise is None else detached(noise)

@@ -12,13 +12,14 @@ from tdm_fast.ops import _dispatch, _residual
 from tdm_fast.ops._checks import (
     at_timesteps,
     detached,
+    finite_positive,
     float_vector,
     guidance,
     in_tables,
     one_per_sample,
-    positive,
     same_latents,
     sample_mean,
+    schedule_on,
     wants_gradient,
 )
 from tdm_fast.ops._residual import LossOutputs
@@ -49,12 +50,12 @@ def tdm_loss(
     definition); `cfg` is a float or a tensor `[B]`. Computed in float32, a float32 scalar (float64 if a latent is);
     the gradient is in x0's dtype. Loss and gradient are one pass over the inputs; differentiable once. `backend` forces
     one of "cpp", "cuda", "triton", "torch". Raises ValueError for shapes, dtypes or devices that differ, a `huber_c`
-    that is not above 0 and a backend that cannot run here.
+    that is not above 0 or not finite and a backend that cannot run here.
     """
     others = {"x0_teacher": x0_teacher, "x0_uncond": x0_uncond, "x0_fake": x0_fake}
     same_latents("x0", x0, **others)
     if huber_c is not None:
-        positive("huber_c", huber_c)
+        finite_positive("huber_c", huber_c)
     scores = (detached(other) for other in others.values())
     gradient = wants_gradient(x0)
     inputs = (x0, *scores, *guidance(cfg, x0), huber_c, gradient, _dispatch.check_backend(backend))
@@ -89,8 +90,8 @@ def tdm_loss_from_outputs(
     for name, timesteps in (("t_gen", t_gen), ("t", t)):
         one_per_sample(name, timesteps, sample, integer=True)
     if huber_c is not None:
-        positive("huber_c", huber_c)
-    here = schedule.to(sample.device)
+        finite_positive("huber_c", huber_c)
+    here = schedule_on(schedule, sample)
     latents = (model_output, *(detached(other) for other in (sample, *others.values())))
     gradient = wants_gradient(model_output)
     options = (*guidance(cfg, sample), huber_c, gradient, _dispatch.check_backend(backend))
