@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tdm_fast benchmarks")
     group.addoption("--matrix", choices=("default", "full", "tiny"), default="default", help="which cases to measure")
     group.addoption("--ops", default="", help="only these ops, separated by commas ('copy' is one)")
-    group.addoption("--dtypes", default="fp32,bf16", help="of fp32, bf16, fp16, separated by commas")
+    group.addoption("--dtypes", default="", help="such as fp32,bf16; all three with --matrix=full, else without fp16")
     group.addoption("--warm", action="store_true", help="leave the caches as the round before left them")
     group.addoption("--seconds", type=float, default=0.4, help="time for the rounds of one case")
     group.addoption(
@@ -58,8 +58,10 @@ def _ops(config: pytest.Config) -> list[str]:
 
 
 def _dtypes(config: pytest.Config) -> list[str]:
-    names = _names(config, "--dtypes", list(bench_cases.DTYPES))
-    return names[:1] if config.getoption("--matrix") == "tiny" else names
+    names, matrix = _names(config, "--dtypes", list(bench_cases.DTYPES)), config.getoption("--matrix")
+    if matrix == "default" and not config.getoption("--dtypes"):
+        names.remove("fp16")
+    return names[:1] if matrix == "tiny" else names
 
 
 def _cases(config: pytest.Config) -> tuple[list[Any], Callable[[Any], str]]:

@@ -56,8 +56,8 @@ DECISIVE_TIMESTEPS = (60, 560)
 VAE_CROPS = 0.92
 # What `tdm-fast train` starts from with this teacher; the public demo's own values are for far larger networks.
 TRAIN_DEFAULTS = {
-    "max_train_steps": 220,
-    "train_batch_size": 32,
+    "max_train_steps": 300,
+    "train_batch_size": 24,
     "learning_rate": 5e-4,
     "student_learning_rate": 1e-4,
     "lr_scheduler": "constant_with_warmup",

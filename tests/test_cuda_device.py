@@ -106,7 +106,7 @@ def test_more_than_2_to_the_31_elements(name: str) -> None:
 @pytest.mark.compute_sanitizer
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool: str) -> None:
-    """Strided latents of every op: without torch's cache, so that memory ends where a tensor does."""
+    """Strided latents, noise, intervals; without torch's cache, so that memory ends where a tensor does."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     tests = [
         "-m",
@@ -116,7 +116,7 @@ def test_compute_sanitizer(tool: str) -> None:
         "no:cacheprovider",
         "tests/test_cuda_ops.py",
         "-k",
-        "test_strided and not emulated",
+        "(test_strided or test_normals or test_intervals) and not emulated",
     ]
     # Only kernels of this project, whose mangled names have its namespace in them: torch's are torch's affair.
     options = ["--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=tdm_fast"]

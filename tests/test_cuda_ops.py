@@ -1,8 +1,8 @@
 """The CUDA kernels behind the public functions, against float64 and the definitions.
 
-On a GPU these tests run as they stand. Everywhere the same tests also run on an emulation: csrc/cuda and the bindings,
-compiled as C++ with the headers of tests/cuda_emulation, on CPU tensors. What needs the device itself (graphs, no
-synchronisation, compute-sanitizer) is in tests/test_cuda_device.py.
+On a GPU these tests run as they stand. Everywhere the same tests, the largest sizes aside, also run on an emulation:
+csrc/cuda and the bindings, compiled as C++ with the headers of tests/cuda_emulation, on CPU tensors. What needs the
+device itself (graphs, no synchronisation, compute-sanitizer) is in tests/test_cuda_device.py.
 """
 
 from __future__ import annotations
