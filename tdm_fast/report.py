@@ -30,7 +30,7 @@ from tdm_fast.text import PromptCache
 from tdm_fast.video import captioned, enlarge, grid, to_uint8, write_video
 
 NUM_SHOWN, NUM_PICTURED = 6, 3
-NUM_TIMED = 48
+NUM_TIMED = 12
 ROWS = ("real", "teacher", "teacher_few_step", "student")
 LABELS = {
     "real": "real videos",
