@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -24,6 +25,11 @@ if file_limit is not None:
 from tdm_fast import cli
 sys.exit(cli.main(arguments))
 """
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C: a shell's background jobs ignore it, and the processes that tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
