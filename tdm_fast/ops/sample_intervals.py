@@ -193,6 +193,21 @@ def _definition(
         device=out.device,
     )
     k = 1 + bounded(words[:, 0], len(nodes))
+    options = (separate, randmid, min_timestep, margin, mid_gap)
+    torch.stack((k, *_at_steps(k, words, nodes, total_steps, *options)), out=out)
+
+
+def _at_steps(
+    k: Tensor,
+    words: Tensor,
+    nodes: list[int],
+    total_steps: int,
+    separate: bool,
+    randmid: bool,
+    min_timestep: int,
+    margin: int,
+    mid_gap: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     # Selecting among constants instead of indexing a table: a table would have to be copied to the device first.
     t_gen, t_mid = torch.zeros_like(k), torch.zeros_like(k)
     for step, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
@@ -202,7 +217,45 @@ def _definition(
         t_mid = t_mid + bounded(words[:, 1], t_gen - mid_gap - t_mid)
     low = t_mid.clamp(min=min_timestep)
     high = t_gen - margin if separate else torch.full_like(t_gen, total_steps - margin)
-    torch.stack((k, t_gen, t_mid, low + bounded(words[:, 2], high - low)), out=out)
+    return t_gen, t_mid, low + bounded(words[:, 2], high - low)
+
+
+def intervals_at(
+    k: Tensor,
+    *,
+    num_steps: int,
+    total_steps: int,
+    seed: int,
+    iteration: int,
+    stream: int = 0,
+    sample_offset: int = 0,
+    separate: bool = True,
+    randmid: bool = False,
+    nodes: Sequence[int] | None = None,
+    min_timestep: int = 20,
+    margin: int = 10,
+    mid_gap: int = 20,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(t_gen, t_mid, t)` of `sample_intervals` for steps `k` (int64 `[B]`, each in 1..K) that were chosen elsewhere.
+
+    t_mid and t come from the same words as there, so a k that `sample_intervals` drew gives its other three results.
+    Plain torch on k's device. Raises ValueError as `check_intervals` does, and for a k of another shape or dtype.
+    """
+    if k.ndim != 1 or k.dtype != torch.int64:
+        raise ValueError(f"k is {k.dtype} of shape {tuple(k.shape)}; it must be int64 [B], one step per sample")
+    options = (separate, randmid, min_timestep, margin, mid_gap)
+    trajectory = _checked_nodes(num_steps, total_steps, None if nodes is None else tuple(nodes), *options)
+    words = random_integers(
+        (4,),
+        len(k),
+        seed=seed,
+        iteration=iteration,
+        stream=stream,
+        purpose=Purpose.INTERVALS,
+        sample_offset=sample_offset,
+        device=k.device,
+    )
+    return _at_steps(k, words, trajectory, total_steps, *options)
 
 
 def _cpp(*arguments: Any) -> None:
