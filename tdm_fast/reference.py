@@ -4,8 +4,12 @@
     fake update   student once more, teacher (result unused), fake score              1 + 1 + 3 F
     student       student; teacher with the prompt, then without; fake score          3 + 2 + 1 F
 
+Every further fake update costs its 5 F again. Options that save `distill` work (a shared index, one index per
+iteration, no guidance) change the draws and the losses here, never the work.
+
 Its formulas are its own: of this package it uses the schedule and the random words, but no op. It loops over samples
-where the demo does. It is the oracle of the tests and the baseline of the benchmarks; signatures are `distill`'s.
+where the demo does. It is the oracle of the tests and the baseline of the benchmarks; signatures are `distill`'s, whose
+`student_forward` has no counterpart: here every loss asks the student itself.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdm_fast.distill import FAKE_STREAM, STUDENT_STREAM, Draws, Intervals, Roles, TDMConfig
+from tdm_fast.distill import STUDENT_STREAM, Draws, Intervals, Roles, TDMConfig, fake_stream
 from tdm_fast.models.denoiser import Conditioning, Denoiser
 from tdm_fast.philox import Purpose, randn, random_integers
 from tdm_fast.schedule import Schedule, compute_dtype
@@ -34,24 +38,38 @@ def draw(
     sample_offset: int = 0,
     device: torch.device | str = "cpu",
 ) -> Draws:
-    """Both updates' draws, one sample after the other; the same values as `tdm_fast.distill.draw`."""
+    """All updates' draws, one sample after the other; the same values as `tdm_fast.distill.draw`.
+
+    They say nothing of a global batch: every rank makes all K steps.
+    """
     updates = []
-    for stream in (FAKE_STREAM, STUDENT_STREAM):
+    for stream in (*[fake_stream(update) for update in range(config.fake_updates)], STUDENT_STREAM):
         rows = []
-        for index in range(batch_size):
-            words = random_integers(
-                (3,),
-                1,
-                seed=config.seed,
-                iteration=iteration,
-                stream=stream,
-                purpose=Purpose.INTERVALS,
-                sample_offset=sample_offset + index,
+        for index in range(sample_offset, sample_offset + batch_size):
+            words = _words(config, iteration, stream, index)
+            source = (
+                STUDENT_STREAM if config.share_index else stream,
+                0 if config.index_per == "iteration" else index,
             )
-            rows.append(_draw_one(config, [int(word) for word in words[0]]))
+            if source != (stream, index):
+                words[0] = _words(config, iteration, *source)[0]
+            rows.append(_draw_one(config, words))
         k, t_gen, t_mid, t = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 4).unbind(1)
         updates.append(Intervals(k, t_gen, t_mid, t, tuple(row[0] for row in rows)))
-    return Draws(*updates)
+    return Draws(fake=tuple(updates[:-1]), student=updates[-1])
+
+
+def _words(config: TDMConfig, iteration: int, stream: int, sample: int) -> list[int]:
+    words = random_integers(
+        (3,),
+        1,
+        seed=config.seed,
+        iteration=iteration,
+        stream=stream,
+        purpose=Purpose.INTERVALS,
+        sample_offset=sample,
+    )
+    return [int(word) for word in words[0]]
 
 
 def _draw_one(config: TDMConfig, words: list[int]) -> tuple[int, int, int, int]:
@@ -84,6 +102,7 @@ def rollout(
 ) -> ReferenceRollout:
     """All K steps of the student from noise `latents` `[B, ...]`; the draws make no difference."""
     nodes = config.check()
+    conditioning = _told(conditioning, config)
     x, trajectory = latents, []
     for index, node in enumerate(nodes):
         trajectory.append(x)
@@ -103,17 +122,20 @@ def fake_loss(
     draws: Draws,
     iteration: int | Tensor,
     sample_offset: int = 0,
+    *,
+    update: int = 0,
 ) -> Tensor:
-    """Scalar loss of the fake score; runs the student a second time and the teacher for nothing."""
-    schedule, (_, t_gen, t_mid, t, _) = roles.fake.schedule, draws.intervals_fake
+    """Scalar loss of a fake-score update; runs the student a second time and the teacher for nothing."""
+    schedule, (_, t_gen, t_mid, t, _) = roles.fake.schedule, draws.fake[update]
+    told = _told(conditioning, config)
     with torch.no_grad():
-        sample = _pick(rolled, draws.intervals_fake)
-        x0, eps = schedule.predict(sample, roles.student(sample, t_gen, conditioning), t_gen)
-        noise = _noise(sample, x0.dtype, config, iteration, FAKE_STREAM, sample_offset)
+        sample = _pick(rolled, draws.fake[update])
+        x0, eps = schedule.predict(sample, roles.student(sample, t_gen, told), t_gen)
+        noise = _noise(sample, x0.dtype, config, iteration, fake_stream(update), sample_offset)
         noisy = _noise_up(schedule, x0, eps, noise, t_mid, t).to(sample.dtype)
         mixed = _mixed_noise(schedule, eps, noise, t_mid, t)
         roles.teacher(noisy, t, conditioning)
-    x0_fake, _ = schedule.predict(noisy, roles.fake(noisy, t, conditioning), t)
+    x0_fake, _ = schedule.predict(noisy, roles.fake(noisy, t, told), t)
     weight = schedule.to(t.device).snr[t].to(x0.dtype).clamp(max=config.snr_gamma)
     if config.importance_weight:
         of_mixed, of_noise = ((value**2).flatten(1).mean(1) for value in (mixed, noise))
@@ -132,15 +154,16 @@ def student_loss(
     sample_offset: int = 0,
 ) -> Tensor:
     """Scalar loss of the student; the teacher is called once with and once without the prompt."""
-    schedule, (_, t_gen, t_mid, t, _) = roles.student.schedule, draws.intervals_student
-    sample = _pick(rolled, draws.intervals_student)
-    x0, eps = schedule.predict(sample, roles.student(sample, t_gen, conditioning), t_gen)
+    schedule, (_, t_gen, t_mid, t, _) = roles.student.schedule, draws.student
+    told = _told(conditioning, config)
+    sample = _pick(rolled, draws.student)
+    x0, eps = schedule.predict(sample, roles.student(sample, t_gen, told), t_gen)
     with torch.no_grad():
         noise = _noise(sample, x0.dtype, config, iteration, STUDENT_STREAM, sample_offset)
         noisy = _noise_up(schedule, x0, eps, noise, t_mid, t).to(sample.dtype)
         teacher, _ = schedule.predict(noisy, roles.teacher(noisy, t, conditioning), t)
         uncond, _ = schedule.predict(noisy, roles.teacher(noisy, t, unconditional.expand(len(noisy))), t)
-        fake, _ = schedule.predict(noisy, roles.fake(noisy, t, conditioning), t)
+        fake, _ = schedule.predict(noisy, roles.fake(noisy, t, told), t)
         target = x0 + (teacher - fake) + (config.cfg - 1) * (teacher - uncond)
         guided = teacher + (config.cfg - 1) * (teacher - uncond)
         weight = (x0.double() - guided.double()).abs().flatten(1).mean(1).clamp(min=1e-8).to(x0.dtype)
@@ -148,6 +171,15 @@ def student_loss(
     if config.use_huber:
         return ((torch.sqrt((x0 - target) ** 2 + config.huber_c**2) - config.huber_c) / weight).mean()
     return ((x0 - target) ** 2 / weight).mean()
+
+
+def _told(conditioning: Conditioning, config: TDMConfig) -> Conditioning:
+    """The student's and the fake score's conditioning: with `unify` they are told the number of steps."""
+    if config.unify is None:
+        return conditioning
+    device = next(iter(conditioning.tensors.values())).device
+    num_steps = torch.tensor([config.num_steps] * len(conditioning), device=device)
+    return Conditioning({**conditioning.tensors, "num_steps": num_steps})
 
 
 def _pick(rolled: ReferenceRollout, intervals: Intervals) -> Tensor:
