@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tdm_fast.schedule import Schedule
 
+NUM_STEPS = "num_steps"
 _STATES, _MASK = "_hidden_states", "_attention_mask"
 
 
@@ -19,7 +20,8 @@ _STATES, _MASK = "_hidden_states", "_attention_mask"
 class Conditioning:
     """Tensors that go beside x_t into a network, by name, batch first.
 
-    Token sequences are named `*_hidden_states` `[B, L, D]`; their optional masks `*_attention_mask` `[B, L]`, 1 = keep.
+    Token sequences are named `*_hidden_states` `[B, L, D]`; their optional masks `*_attention_mask` `[B, L]`, 1 = keep;
+    `num_steps`, int64 `[B]`, is the student's number of steps K, for networks that are told it.
     Raises ValueError if the tensors' batch sizes differ or there is none.
     """
 
@@ -108,19 +110,25 @@ class Denoiser(nn.Module):
         super().__init__()
         self.model = model
         self.schedule = schedule
+        self.steps_embedding: nn.Module | None = None
+        """`num_steps` int64 `[B]` to `[B, d]`, added to the time embedding; None for a network that is not told K."""
+        self.context: AbstractContextManager[Any] = nullcontext()
+        """What the network's calls run in. Where roles share one network, it turns this role's adapter on."""
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Raw output, with x_t's shape, for latents `x_t` `[B, C, ...]` at table indices `t` (int64 `[B]`).
 
+        The output has the network's dtype, whatever x_t's is: the ops take latents of mixed dtypes and compute in fp32.
         A network that also predicts variance (2C channels) has its first half taken. Raises ValueError if batch sizes
-        differ or the network's output does not fit x_t.
+        differ, the network's output does not fit x_t, or `conditioning` lacks the `num_steps` that the network is told.
         """
         if t.shape != x_t.shape[:1] or len(conditioning) != x_t.shape[0]:
             raise ValueError(
                 f"x_t has {x_t.shape[0]} samples, t has shape {tuple(t.shape)} and conditioning has {len(conditioning)}"
                 " samples; all must describe one batch"
             )
-        output = self.call_model(x_t, self.schedule.to(t.device).timesteps[t], conditioning)
+        with self.context:
+            output = self.call_model(x_t, self.schedule.to(t.device).timesteps[t], conditioning)
         if x_t.ndim > 1 and output.ndim == x_t.ndim and output.shape[1] == 2 * x_t.shape[1]:
             output = output[:, : x_t.shape[1]]
         if output.shape != x_t.shape:
@@ -129,7 +137,34 @@ class Denoiser(nn.Module):
 
     def call_model(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's own call; `timestep` `[B]` is what the network is told. Override for other signatures."""
-        return self.model(x_t, timestep, **conditioning.tensors)
+        dtype = next((parameter.dtype for parameter in self.model.parameters()), x_t.dtype)
+        return self.model(x_t.to(dtype), timestep, **conditioning.to(dtype=dtype).tensors)
+
+    def time_embedding(self) -> nn.Linear:
+        """The last linear of the network's time embedding: what is told of K is added to its output, or to its bias.
+
+        A family of networks whose `call_model` passes `added_time_embedding` on overrides it; others raise ValueError.
+        """
+        raise ValueError(f"{type(self).__name__}: this family of networks cannot be told its number of steps (unify)")
+
+    def added_time_embedding(self, conditioning: Conditioning) -> Tensor | None:
+        """`[B, d]` to add to the time embedding's output, or None for a network that is not told K."""
+        if self.steps_embedding is None:
+            return None
+        if NUM_STEPS not in conditioning.tensors:
+            raise ValueError(
+                f"conditioning holds {', '.join(sorted(conditioning.tensors))}; this network is told its number of"
+                f" steps, so {NUM_STEPS}, int64 [B], is needed as well"
+            )
+        return self.steps_embedding(conditioning.tensors[NUM_STEPS])
+
+
+class Roles(NamedTuple):
+    """Three networks on one schedule. The student's and the fake score's parameters train, the teacher's do not."""
+
+    student: Denoiser
+    teacher: Denoiser
+    fake: Denoiser
 
 
 @dataclass

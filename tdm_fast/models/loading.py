@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from tdm_fast.checkpoint import read_json, whole_folder
@@ -24,6 +26,7 @@ from tdm_fast.schedule import Schedule
 
 INDEX_FILE = "model_index.json"
 SAMPLER_FILE = "few_step.json"
+BIASES_FILE = "num_steps.safetensors"
 METRICS_FILE = "teacher_metrics.json"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 NETWORKS: dict[str, Any] = {
@@ -44,6 +47,10 @@ class Pipeline:
     text_encoder: nn.Module
     timesteps: tuple[int, ...] | None
     """The nodes of a few-step student's trajectory, descending; None for a teacher."""
+    trajectories: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """The nodes for each number of steps that a student of several was told in training; empty for others."""
+    biases: dict[int, Tensor] = field(default_factory=dict)
+    """What makes it the student of each of them: the bias `[d]` of its time embedding's last linear."""
 
     @property
     def schedule(self) -> Schedule:
@@ -61,11 +68,25 @@ class Pipeline:
         _, frames, height, width = self.latent_shape
         return (self.vae.vae.temporal_stride * (frames - 1) + 1, SPATIAL_STRIDE * height, SPATIAL_STRIDE * width)
 
+    @torch.no_grad()
+    def set_num_steps(self, num_steps: int) -> None:
+        """Make a student of several numbers of steps the one of `num_steps`; without this it is that of the most.
+
+        Raises ValueError for a number that it was not trained for.
+        """
+        if num_steps not in self.trajectories:
+            known = ", ".join(map(str, self.trajectories)) or str(len(self.timesteps or ()) or "any (a teacher)")
+            raise ValueError(f"num_steps is {num_steps}; {self.folder} holds a model for {known}")
+        bias: Any = self.denoiser.time_embedding().bias
+        bias.copy_(self.biases[num_steps])
+        self.timesteps = self.trajectories[num_steps]
+
 
 def load_pipeline(folder: Path) -> Pipeline:
     """Load a teacher's or a student's folder onto the CPU, everything frozen and in evaluation mode.
 
-    Raises ValueError when the folder is missing, half-written or holds a model of another class.
+    A student whose folder keeps its adapter apart gets it merged. Raises ValueError when the folder is missing,
+    half-written or holds a model of another class.
     """
     check_folder(folder)
     parts = {name: load_network(folder / name, cls) for name, cls in NETWORKS.items()}
@@ -74,6 +95,10 @@ def load_pipeline(folder: Path) -> Pipeline:
     if scheduler_class is None:
         raise ValueError(f"{folder}: its scheduler is a {index['scheduler'][1]}, which diffusers does not know")
     scheduler = scheduler_class.from_pretrained(folder / "scheduler")
+    schedule = Schedule.from_scheduler(scheduler)
+    own = _few_step(folder, schedule.num_train_timesteps)
+    if own.adapter is not None:
+        _merge_adapter(parts["transformer"], folder / own.adapter)
     transformer = parts["transformer"].requires_grad_(False).eval()
     check_sizes(folder, transformer.config, parts["vae"].config)
     width = parts["text_encoder"].config.d_model
@@ -82,26 +107,92 @@ def load_pipeline(folder: Path) -> Pipeline:
             f"{folder}: the text encoder is {width} wide but the transformer takes caption_channels="
             f"{transformer.config.caption_channels}; the two folders are not of one model"
         )
-    schedule = Schedule.from_scheduler(scheduler)
-    return Pipeline(
+    denoiser = OpenSoraDenoiser(transformer, schedule)
+    pipeline = Pipeline(
         folder=folder,
-        denoiser=OpenSoraDenoiser(transformer, schedule),
+        denoiser=denoiser,
         vae=WFVAEWrapper(parts["vae"].requires_grad_(False).eval()),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=parts["text_encoder"].requires_grad_(False).eval(),
-        timesteps=_own_timesteps(folder / SAMPLER_FILE, schedule.num_train_timesteps),
+        timesteps=own.timesteps,
+        trajectories=own.trajectories,
+        biases=_load_biases(folder, own.trajectories, denoiser.time_embedding()) if own.trajectories else {},
     )
+    if own.trajectories:
+        pipeline.set_num_steps(max(own.trajectories))
+    return pipeline
 
 
-def _own_timesteps(path: Path, num_train_timesteps: int) -> tuple[int, ...] | None:
-    """The timesteps that a student's folder names; None where it is a teacher's."""
+class FewStep(NamedTuple):
+    """What a student's folder says of itself; a teacher's says nothing."""
+
+    timesteps: tuple[int, ...] | None
+    trajectories: dict[int, tuple[int, ...]]
+    adapter: str | None
+
+
+def _few_step(folder: Path, num_train_timesteps: int) -> FewStep:
+    path = folder / SAMPLER_FILE
     if not path.exists():
-        return None
-    timesteps = read_json(path, "timesteps")["timesteps"]
-    known = range(num_train_timesteps)
-    if not isinstance(timesteps, list) or not timesteps or not all(type(t) is int and t in known for t in timesteps):
-        raise ValueError(f"{path} is damaged: its timesteps are {timesteps}; each is a whole number below {len(known)}")
-    return tuple(timesteps)
+        return FewStep(None, {}, None)
+    settings = read_json(path, "timesteps")
+
+    def nodes(timesteps: Any) -> tuple[int, ...]:
+        known = range(num_train_timesteps)
+        if (
+            not isinstance(timesteps, list)
+            or not timesteps
+            or not all(type(t) is int and t in known for t in timesteps)
+        ):
+            raise ValueError(
+                f"{path} is damaged: its timesteps are {timesteps}; each is a whole number below {len(known)}"
+            )
+        return tuple(timesteps)
+
+    several, adapter = settings.get("num_steps", {}), settings.get("adapter")
+    if not isinstance(several, dict) or not all(key.isdecimal() for key in several):
+        raise ValueError(
+            f"{path} is damaged: its num_steps are {several}; they are the timesteps of each number of steps"
+        )
+    if adapter is not None and (not isinstance(adapter, str) or Path(adapter).name != adapter):
+        raise ValueError(f"{path} is damaged: its adapter is {adapter}; it is the name of a file beside it")
+    return FewStep(nodes(settings["timesteps"]), {int(key): nodes(several[key]) for key in several}, adapter)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """A student's further file of tensors. Raises ValueError when it is missing or damaged."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} is half-written: {path.name} missing; copy or make the folder again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or half-written ({error}); copy or make the folder again") from error
+
+
+def _load_biases(folder: Path, known: Mapping[int, object], linear: nn.Linear) -> dict[int, Tensor]:
+    path = folder / BIASES_FILE
+    biases = _load_tensors(path)
+    for k in map(str, known):
+        shape = biases[k].shape if k in biases else None
+        if shape != linear.bias.shape:
+            raise ValueError(f"{path} has shape {shape} for {k} steps; the transformer takes {linear.bias.shape}")
+    return {k: biases[str(k)] for k in known}
+
+
+def _merge_adapter(transformer: Any, path: Path) -> None:
+    """Add an adapter's file to a network's weights. Raises ValueError when the file is of another network."""
+    # A bias in it says what the biases of the student's own file say; merging asks every adapted linear for one.
+    tensors = {name: value for name, value in _load_tensors(path).items() if not name.endswith(".bias")}
+    paths = {name.split(".lora_")[0].removeprefix("transformer.") for name in tensors}
+    modules = dict(transformer.named_modules())
+    if not paths or (odd := sorted(paths - modules.keys())):
+        raise ValueError(f"{path} is of another network: it adapts {odd[0] if paths else 'nothing'}")
+    try:
+        transformer.load_lora_adapter(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of another network: {error}") from error
+    transformer.fuse_lora()
+    transformer.unload_lora()
 
 
 def load_metrics(folder: Path) -> dict[str, Any] | None:
@@ -202,14 +293,37 @@ def _class_name(index: dict[str, Any], name: str) -> str | None:
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
-def save_student(folder: Path, transformer: nn.Module, teacher: Path, timesteps: Sequence[int]) -> None:
+def save_student(
+    folder: Path,
+    transformer: nn.Module | None,
+    teacher: Path,
+    timesteps: Sequence[int] | Mapping[int, Sequence[int]],
+    *,
+    biases: Mapping[int, Tensor] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    adapter: str | None = None,
+) -> None:
     """Write a student that samples by itself: its transformer, the teacher's other parts, the nodes of its trajectory.
 
-    Written beside and renamed when whole. Raises SaveError when it cannot be written.
+    Without a `transformer` it is the teacher's, and `adapter`, one of `files` (name and content), is merged into it at
+    loading. For a student of several numbers of steps `timesteps` are the nodes of each, and `biases` `[d]` what makes
+    it the one of each. Written beside and renamed when whole. Raises SaveError when it cannot be written.
     """
+    settings: dict[str, Any] = {"timesteps": list(timesteps)}
+    if isinstance(timesteps, Mapping):
+        settings["timesteps"] = list(timesteps[max(timesteps)])
+        settings["num_steps"] = {str(k): list(timesteps[k]) for k in sorted(timesteps)}
+    if adapter is not None:
+        settings["adapter"] = adapter
     with whole_folder(folder) as partial:
-        for name in PARTS[1:]:
+        for name in PARTS[0 if transformer is None else 1 :]:
             shutil.copytree(teacher / name, partial / name)
         shutil.copy(teacher / INDEX_FILE, partial / INDEX_FILE)
-        (partial / SAMPLER_FILE).write_text(json.dumps({"timesteps": list(timesteps)}) + "\n")
-        transformer.save_pretrained(partial / "transformer")  # type: ignore[operator]
+        (partial / SAMPLER_FILE).write_text(json.dumps(settings) + "\n")
+        if biases is not None:
+            tensors = {str(k): bias.detach().cpu().contiguous() for k, bias in biases.items()}
+            save_file(tensors, partial / BIASES_FILE, metadata={"format": "pt"})
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
+        if transformer is not None:
+            transformer.save_pretrained(partial / "transformer")  # type: ignore[operator]

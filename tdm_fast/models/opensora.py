@@ -2,13 +2,15 @@
 
 Constructor, state dict and call are those of the public ``OpenSoraT2V_v1_3``, so that its published weights load as
 they are. What differs on purpose: masks may be None (and then cost nothing), rotary angles are exact in half precision,
-every axis has its own interpolation scale, and ``sparse1d=False`` works with any ``sparse_n``.
+every axis has its own interpolation scale, ``sparse1d=False`` works with any ``sparse_n``, the time embedding can be
+added to, and LoRA adapters load as they do in diffusers' own transformers.
 """
 
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -39,7 +41,7 @@ class PatchEmbed(nn.Module):
         return patches.flatten(2).transpose(1, 2).reshape(latents.shape[0], -1, patches.shape[1])
 
 
-class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):
+class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Text-to-video diffusion transformer of Open-Sora Plan v1.3.
 
     The constructor's names and defaults are the public ones. The hidden size d is
@@ -146,6 +148,7 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
         pooled_projections: Tensor | None = None,
+        added_time_embedding: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict from noisy latents.
 
@@ -158,6 +161,7 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):
             encoder_attention_mask: ``[B, 1, L]``, nonzero = keep. None: all count.
             return_dict: return an object with ``.sample`` instead of a tuple.
             pooled_projections: the public pipeline and trainer pass it; v1.3 does not use it.
+            added_time_embedding: ``[B, d]``, added to the time embedding before anything uses it. None: nothing is.
 
         Returns:
             ``[B, out_channels, T, H', W']``, with H' and W' the sizes in whole patches.
@@ -172,10 +176,12 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin):
 
         x = self.pos_embed(hidden_states.to(dtype))
         text = self.caption_projection(encoder_hidden_states.squeeze(1).to(dtype))
-        modulation, embedded_timestep = self.adaln_single(
-            timestep, {"resolution": None, "aspect_ratio": None}, batch_size=x.shape[0], hidden_dtype=dtype
+        embedded_timestep = self.adaln_single.emb(
+            timestep, resolution=None, aspect_ratio=None, batch_size=x.shape[0], hidden_dtype=dtype
         )
-        modulation = modulation.unflatten(1, (6, -1))
+        if added_time_embedding is not None:
+            embedded_timestep = embedded_timestep + added_time_embedding.to(embedded_timestep.dtype)
+        modulation = self.adaln_single.linear(self.adaln_single.silu(embedded_timestep)).unflatten(1, (6, -1))
         text_mask = None if encoder_attention_mask is None else keep_something(encoder_attention_mask.bool())[:, None]
 
         layouts = self._layouts(size, x.device)
