@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +35,37 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class NetworksConfig:
+    """The three networks, and how the device holds and runs them."""
+
+    roles: Literal["full", "lora"] = "full"
+    """`full`: three networks. `lora`: one frozen network, with an adapter for the student and one for the fake score;
+    the teacher is that network without them."""
+    lora_rank: int = 32
+    """Rank of the adapters."""
+    lora_alpha: float | None = None
+    """Scale of the adapters times their rank; the rank if not given."""
+    device: str = "auto"
+    """`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """`bf16`: networks compute in bfloat16 and what is frozen is kept in it; trained weights stay float32. `auto` takes
+    it on a GPU, where it is faster."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """`block` keeps a block's input and computes the rest again in the backward; `selective` also keeps what matrix
+    products and attention gave."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, block by block. `auto` takes it on a GPU; on a CPU compiling takes a minute or more."""
+
+
+@dataclass(kw_only=True)
 class OptimiserConfig:
     """How it is trained. `learning_rate` is the fake score's, as in the public demo."""
 
     max_train_steps: int = 500
-    """Iterations; each makes one fake-score update and one student update."""
-    train_batch_size: int = 32
-    """Samples of one iteration."""
+    """Iterations; each makes `fake_updates` fake-score updates and one student update."""
+    train_batch_size: int | Literal["auto"] = 32
+    """Samples of one iteration; `auto` finds the largest number that fits the device's memory, and with it the least
+    activation checkpointing."""
     learning_rate: float = 2e-5
     """The fake score's learning rate."""
     student_learning_rate: float | None = None
@@ -57,6 +82,8 @@ class OptimiserConfig:
     adam_beta2: float = 0.95
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
+    use_8bit_adam: bool = False
+    """Keep AdamW's moments in 8 bits (torchao)."""
     use_ema: bool = True
     """Keep a moving average of the student and sample from it."""
     ema_decay: float = 0.98
@@ -80,6 +107,19 @@ class RunConfig:
     """Iterations between two sets of samples from fixed prompts and noise."""
     num_eval_videos: int = 576
     """Videos behind the student's numbers at the end; 0 leaves the evaluation out."""
+    video_sizes: tuple[str, ...] = ()
+    """Sizes to mix, as frames × height × width such as 17x64x64, one drawn per batch; the teacher's own if none is named."""
+    lora_save: Literal["merged", "adapter"] = "merged"
+    """What the student's folder holds with `lora` roles: merged weights, or the teacher's and the adapter beside them;
+    the adapter's file is there either way."""
+    logging_steps: int = 1
+    """Iterations between two readings of the losses, for which the host waits for the device."""
+    max_skipped_steps: int = 10
+    """Updates in a row that may be skipped, because a loss or gradient is not finite, before the run stops."""
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    """Where the numbers go besides `metrics.jsonl`."""
+    profile: str | None = None
+    """Iterations A:B to trace; `trace.json.gz` in the run's folder opens in Perfetto."""
 
 
 @dataclass(kw_only=True)
@@ -92,19 +132,23 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tdm: TDMConfig = field(default_factory=TDMConfig)
+    networks: NetworksConfig = field(default_factory=NetworksConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
         """Raise ValueError for a value that cannot work, naming the flag, the value and what would work."""
-        o, r = self.optimiser, self.run
+        n, o, r = self.networks, self.optimiser, self.run
         for name, value, least in (
             ("max_train_steps", o.max_train_steps, 1),
-            ("train_batch_size", o.train_batch_size, 1),
+            ("train_batch_size", None if o.train_batch_size == "auto" else o.train_batch_size, 1),
+            ("lora_rank", n.lora_rank, 1),
             ("lr_warmup_steps", o.lr_warmup_steps, 0),
             ("checkpointing_steps", r.checkpointing_steps, 1),
             ("validation_steps", r.validation_steps, 1),
             ("checkpoints_total_limit", r.checkpoints_total_limit, 1),
+            ("logging_steps", r.logging_steps, 1),
+            ("max_skipped_steps", r.max_skipped_steps, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"--{name} {value}: it takes a whole number from {least} up")
@@ -113,6 +157,7 @@ class TrainConfig:
             ("student_learning_rate", o.student_learning_rate),
             ("max_grad_norm", o.max_grad_norm),
             ("adam_epsilon", o.adam_epsilon),
+            ("lora_alpha", n.lora_alpha),
         ):
             if rate is not None and not 0 < rate < float("inf"):
                 raise ValueError(f"--{name} {rate}: it takes a finite number above 0")
@@ -123,6 +168,11 @@ class TrainConfig:
         ):
             if not 0 <= share < 1:
                 raise ValueError(f"--{name} {share}: it takes a number from 0 to below 1")
+        if n.roles == "full" and r.lora_save == "adapter":
+            raise ValueError("--lora_save adapter: --roles full trains no adapter; it takes --roles lora")
+        for size in r.video_sizes:
+            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", size):
+                raise ValueError(f"--video_sizes {size}: it takes frames x height x width, such as 17x64x64")
         if r.num_eval_videos != 0 and r.num_eval_videos < 64:
             raise ValueError(f"--num_eval_videos {r.num_eval_videos}: it takes 0 (none) or at least 64")
 
@@ -136,7 +186,7 @@ class TrainConfig:
 # Flags that a YAML file may set to null.
 OPTIONAL = {
     name
-    for group in (ModelConfig, TDMConfig, OptimiserConfig, RunConfig)
+    for group in (ModelConfig, TDMConfig, NetworksConfig, OptimiserConfig, RunConfig)
     for name, hint in get_type_hints(group).items()
     if NoneType in get_args(hint)
 }

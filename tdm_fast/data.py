@@ -1,4 +1,4 @@
-"""Which prompts an iteration trains on."""
+"""Which prompts, and which size of video, an iteration trains on."""
 
 from __future__ import annotations
 
@@ -11,3 +11,9 @@ def draw_prompts(num_prompts: int, batch_size: int, *, seed: int, iteration: int
         (1,), batch_size, seed=seed, iteration=iteration, purpose=Purpose.DATA, sample_offset=sample_offset
     )
     return bounded(words[:, 0], num_prompts).tolist()
+
+
+def draw_size(num_sizes: int, *, seed: int, iteration: int) -> int:
+    """Index in [0, num_sizes) of the iteration's size, uniform: a function of (seed, iteration), the same on all ranks."""
+    word = random_integers((1,), 1, seed=seed, iteration=iteration, stream=1, purpose=Purpose.DATA)
+    return int(bounded(word[0, 0], num_sizes))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
-import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before anything large is imported, so that Ctrl-C is heard
     from tdm_fast import cli
@@ -20,10 +19,8 @@ if __name__ == "__main__":  # before anything large is imported, so that Ctrl-C 
 
 import torch
 import yaml
-from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor
 from tqdm import tqdm
 
 from tdm_fast import tiny_shapes
@@ -32,23 +29,33 @@ from tdm_fast.checkpoint import (
     checkpoints,
     latest_checkpoint,
     load_checkpoint,
-    load_optimizer_tensors,
     locked,
-    optimizer_tensors,
     save_checkpoint,
     truncate_log,
     write_atomically,
 )
-from tdm_fast.config import OptimiserConfig, TrainConfig
-from tdm_fast.data import draw_prompts
-from tdm_fast.distill import Roles, draw, fake_loss, rollout, student_loss
+from tdm_fast.config import TrainConfig
 from tdm_fast.evaluate import Yardstick, load_yardstick
-from tdm_fast.host import keep_memory, peak_memory
-from tdm_fast.models.denoiser import Denoiser
-from tdm_fast.models.loading import Pipeline, digest, load_pipeline, save_student
-from tdm_fast.philox import randn
+from tdm_fast.guards import name_samples
+from tdm_fast.host import keep_memory
+from tdm_fast.metering import (
+    Log,
+    Row,
+    StepTimer,
+    check_report_to,
+    json_line,
+    measured_matmul_rate,
+    parse_profile,
+    peak_bytes,
+    profile,
+    report,
+    speed,
+)
+from tdm_fast.models.loading import Pipeline, digest, load_pipeline
 from tdm_fast.report import finish
 from tdm_fast.sample import generate
+from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_cannot_fit, with_batch_size
+from tdm_fast.step import Batch, State, make_batch, make_state, resolve_device, update, uses_bf16
 from tdm_fast.text import PromptCache, fingerprint, read_prompts
 from tdm_fast.video import to_uint8, write_video
 
@@ -57,115 +64,8 @@ NUM_VALIDATION_PROMPTS = 8
 # Flags that a resumed run may change: they decide when things happen, not what the weights become.
 FREE_FLAGS = {
     "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
-    "num_eval_videos",
+    "num_eval_videos", "logging_steps", "max_skipped_steps", "report_to", "profile", "lora_save",
 }  # fmt: skip
-
-
-@dataclass
-class State:
-    """Everything that decides a run's future: two networks, the student's average, two optimisers, the iteration.
-
-    And what the run has cost so far, earlier processes included.
-    """
-
-    roles: Roles
-    ema: dict[str, Tensor]
-    student_optimizer: torch.optim.AdamW
-    fake_optimizer: torch.optim.AdamW
-    student_rate: Callable[[int], float]
-    iteration: int = 0
-    seconds: float = 0.0
-    peak_memory: int = 0
-
-    def groups(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint."""
-        return {
-            "student": dict(self.roles.student.model.named_parameters()),
-            "fake": dict(self.roles.fake.model.named_parameters()),
-            "ema": self.ema,
-            "student_optimizer": optimizer_tensors(self.student_optimizer),
-            "fake_optimizer": optimizer_tensors(self.fake_optimizer),
-        }
-
-    def restore(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-        """Inverse of `groups`."""
-        copy_weights(self.roles.student.model, groups["student"])
-        copy_weights(self.roles.fake.model, groups["fake"])
-        self.ema = groups["ema"]
-        load_optimizer_tensors(self.student_optimizer, groups["student_optimizer"])
-        load_optimizer_tensors(self.fake_optimizer, groups["fake_optimizer"])
-        self.iteration, self.seconds = int(meta["step"]), float(meta["seconds"])
-        self.peak_memory = int(meta["peak_memory_bytes"])
-
-
-def make_state(teacher: Denoiser, config: OptimiserConfig) -> State:
-    """Student and fake score start as copies of the teacher; the teacher stays as it is."""
-    student, fake = (copy.deepcopy(teacher).requires_grad_(True).train() for _ in range(2))
-    rate = config.student_learning_rate or config.learning_rate / 5
-
-    def optimizer(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            network.parameters(),
-            lr=learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-        )
-
-    student_optimizer = optimizer(student, rate)
-    # Only the schedule's formula is wanted: a rate that is a function of the iteration needs no state to resume.
-    scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer(student, rate),
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    factor = scheduler.lr_lambdas[0]
-    return State(
-        roles=Roles(student, teacher, fake),
-        ema={name: p.detach().clone() for name, p in student.model.named_parameters()},
-        student_optimizer=student_optimizer,
-        fake_optimizer=optimizer(fake, config.learning_rate),
-        student_rate=lambda iteration: rate * float(factor(iteration)),
-    )
-
-
-def train_step(state: State, cache: PromptCache, config: TrainConfig, latent_shape: tuple[int, ...]) -> dict[str, Any]:
-    """One iteration: a fake-score update, a student update, the average. Returns the row of `metrics.jsonl`."""
-    iteration, tdm, optimiser = state.iteration, config.tdm, config.optimiser
-    roles, batch = state.roles, optimiser.train_batch_size
-    conditioning = cache.batch(draw_prompts(len(cache), batch, seed=tdm.seed, iteration=iteration))
-    latents = randn(batch, latent_shape, seed=tdm.seed, iteration=iteration)
-    draws = draw(tdm, batch, iteration)
-    rolled = rollout(roles.student, latents, conditioning, roles.student.schedule, tdm, draws)
-
-    state.fake_optimizer.zero_grad()
-    loss_fake = fake_loss(roles, rolled, conditioning, tdm, draws, iteration)
-    loss_fake.backward()
-    state.fake_optimizer.step()
-
-    state.student_optimizer.zero_grad()
-    loss_student = student_loss(roles, rolled, conditioning, cache.negatives(1), tdm, draws, iteration)
-    loss_student.backward()
-    norm = nn.utils.clip_grad_norm_(roles.student.parameters(), optimiser.max_grad_norm)
-    rate = state.student_rate(iteration)
-    for group in state.student_optimizer.param_groups:
-        group["lr"] = rate
-    state.student_optimizer.step()
-
-    with torch.no_grad():
-        # A short run must not remember its start: the average is over as many iterations as there have been.
-        decay = min(optimiser.ema_decay, (1 + iteration) / (10 + iteration)) if optimiser.use_ema else 0.0
-        for name, parameter in roles.student.model.named_parameters():
-            state.ema[name].lerp_(parameter, 1 - decay)
-    state.iteration += 1
-    return {
-        "step": state.iteration,
-        "loss_fake": loss_fake.item(),
-        "loss_student": loss_student.item(),
-        "grad_norm": norm.item(),
-        "lr": rate,
-    }
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -176,50 +76,108 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     keep_memory()
+    device = resolve_device(config.networks.device)
+    check_report_to(config.run.report_to)
+    if config.run.profile:
+        parse_profile(config.run.profile)
     teacher = load_pipeline(config.model.model)
-    nodes = config.tdm.check(teacher.schedule)
+    config.tdm.check(teacher.schedule)
+    latent_shapes(config, teacher)
     # Now, because what is damaged must not show only when the training is over.
     yardstick = load_yardstick(teacher) if config.run.num_eval_videos else None
     prompts = prompts_of(config)
     with locked(config.run.output_dir):
-        return run(config, teacher, nodes, prompts, yardstick, began)
+        return run(config, teacher.to(device), prompts, yardstick, began)
+
+
+def latent_shapes(config: TrainConfig, teacher: Pipeline) -> list[tuple[int, ...]]:
+    """The sizes of latents `(C, T, H, W)` that a run mixes. Raises ValueError for one that the model cannot take."""
+    return [teacher.latents_of(size) for size in config.run.video_sizes] or [teacher.latent_shape]
 
 
 def run(
-    config: TrainConfig,
-    teacher: Pipeline,
-    nodes: list[int],
-    prompts: list[str],
-    yardstick: Yardstick | None,
-    began: float,
+    config: TrainConfig, teacher: Pipeline, prompts: list[str], yardstick: Yardstick | None, began: float
 ) -> dict[str, Any]:
     """What `train` does in the run's folder, when everything that it is given has been found to work."""
     output = config.run.output_dir
     cache = prompt_cache(config, teacher, prompts)
-    state = make_state(teacher.denoiser, config.optimiser)
+    shapes = latent_shapes(config, teacher)
+    found = checkpoint_to_resume(config)
+    config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None)
     mine = identity(config, cache)
-    resume(config, state, mine)
+    if found is not None:
+        refuse_another_runs(found, mine)
+    expected = refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes)
+    print(f"memory: {expected}", file=sys.stderr)
+    costs = measure_costs(config, teacher.denoiser, cache, shapes)
+    state = make_state(teacher.denoiser, config)
+    if found is not None:
+        resume(state, found)
     write_atomically(output / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False).encode())
 
     student = copy.copy(teacher)
-    student.denoiser = copy.deepcopy(teacher.denoiser)
+    student.denoiser = type(teacher.denoiser)(teacher.denoiser.model, teacher.schedule)
+    student.timesteps = tuple(config.tdm.check())
     try:
-        loop(config, state, cache, student, nodes, mine, began)
+        loop(config, state, cache, student, shapes, costs, mine, began)
     except OSError as error:
         last = latest_checkpoint(output)
         where = f"the last whole checkpoint is {last}" if last else "no checkpoint had been saved before"
         raise SaveError(f"could not write to {output}: {error.strerror or error}; {where}") from error
-    copy_weights(student.denoiser.model, state.ema)
-    student.timesteps = tuple(nodes)
-    save_student(output / "student", student.denoiser.model, config.model.model, nodes)
+    nodes = {k: dataclasses.replace(config.tdm, num_steps=k).check() for k in config.tdm.unify or ()}
+    state.networks.save(
+        output / "student",
+        config.model.model,
+        nodes or list(student.timesteps),
+        weights=state.student_weights,
+        lora_save=config.run.lora_save,
+    )
+    adopt(student, state, config)
     metrics = finish(output, teacher, student, cache, yardstick, config.run.num_eval_videos)
     metrics |= {
         "iterations": state.iteration,
         "train_seconds": round(state.seconds, 1),
-        "peak_memory_bytes": max(state.peak_memory, peak_memory()),
+        "peak_memory_bytes": max(state.peak_memory, peak_bytes(state.device)),
     }
     write_atomically(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
+
+
+def adopt(student: Pipeline, state: State, config: TrainConfig) -> None:
+    """Have `student` sample with what the run has made of its network so far."""
+    k = config.tdm.num_steps if config.tdm.unify else None
+    student.denoiser.model = state.networks.student_network(state.student_weights, num_steps=k)
+
+
+class Watch:
+    """What is seen of a run: `metrics.jsonl`, a board, the bar. All are told when `flush` reads the device."""
+
+    def __init__(self, config: TrainConfig, state: State, shapes: Sequence[tuple[int, ...]], costs: Costs) -> None:
+        self.config, self.state, self.costs = config, state, dict(zip(shapes, costs, strict=True))
+        self.log, self.timer = Log(), StepTimer(state.device)
+        dtype = torch.bfloat16 if uses_bf16(config, state.device) else torch.float32
+        self.rate = measured_matmul_rate(state.device, dtype)
+        self._batches: list[Batch] = []
+
+    def add(self, batch: Batch, values: dict[str, Tensor]) -> None:
+        """Keep an iteration's numbers; the device is not waited for."""
+        known = {"num_steps": batch.tdm.num_steps} if batch.tdm.unify else {}
+        self.log.add(self.state.iteration, values, lr=self.state.student_rate(self.state.iteration - 1), **known)
+        self._batches.append(batch._replace(latents=batch.latents[:0]))
+
+    def flush(self) -> list[Row]:
+        """The rows since the last call. Raises ValueError when too many updates in a row had to be skipped."""
+        rows, times, batches = self.log.flush(), self.timer.flush(), self._batches
+        self._batches = []
+        for row, seconds, batch in zip(rows, times, batches, strict=True):
+            size = len(batch.prompts)
+            flops = iteration_flops(self.costs[tuple(batch.latents.shape[1:])], batch)
+            row |= {name: round(value, 5) for name, value in seconds.items()}
+            row |= speed(seconds["seconds"], size, flops, self.rate)
+            row["peak_memory_bytes"] = peak_bytes(self.state.device)
+            if said := name_samples(row, range(size), batch.prompts):
+                tqdm.write(said, file=sys.stderr)
+        return rows
 
 
 def loop(
@@ -227,38 +185,50 @@ def loop(
     state: State,
     cache: PromptCache,
     student: Pipeline,
-    nodes: list[int],
+    shapes: Sequence[tuple[int, ...]],
+    costs: Costs,
     mine: dict[str, Any],
     began: float,
 ) -> None:
-    """Iterate to the end, with log, TensorBoard, samples (made with `student`) and checkpoints."""
-    output, total = config.run.output_dir, config.optimiser.max_train_steps
+    """Iterate to the end, with log, board, trace, samples (made with `student`) and checkpoints."""
+    output, total, every = config.run.output_dir, config.optimiser.max_train_steps, config.run.logging_steps
     first, spent = state.iteration, state.seconds
+    if first >= total:
+        return
     truncate_log(output / "metrics.jsonl", lambda row: row["step"] <= first)
+    watch = Watch(config, state, shapes, costs)
+    window = parse_profile(config.run.profile) if config.run.profile else None
     with (
-        SummaryWriter(str(output / "tensorboard"), purge_step=first + 1) as board,
+        report(config.run.report_to, output, start=first + 1, config=config.flat()) as show,
         open(output / "metrics.jsonl", "a", buffering=1) as log,
-        tqdm(initial=first, total=total, desc="train", mininterval=1, disable=first >= total) as progress,
+        tqdm(initial=first, total=total, desc="train", mininterval=1) as progress,
+        profile(window, output, start=first + 1) as traced,
     ):
         while state.iteration < total:
-            step_began = time.monotonic()
-            row = train_step(state, cache, config, student.latent_shape)
-            refuse_divergence(row, output)
-            row["seconds"] = round(time.monotonic() - step_began, 4)
-            log.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step"}:
-                board.add_scalar(name, row[name], row["step"])
+            with watch.timer.step():
+                with watch.timer("data"):
+                    batch = make_batch(state.iteration, cache, config, shapes, state.device)
+                watch.add(batch, update(state, batch, config, watch.timer))
+            traced()
             progress.update()
-            progress.set_postfix(fake=f"{row['loss_fake']:.4f}", student=f"{row['loss_student']:.3f}", refresh=False)
             done = state.iteration == total
+            saving = done or state.iteration % config.run.checkpointing_steps == 0
+            if saving or state.iteration % every == 0:
+                for row in watch.flush():
+                    log.write(json_line(row))
+                    show(row)
+                    losses = {name: f"{row[f'loss_{name}']:.4g}" for name in ("fake", "student")}
+                    progress.set_postfix(losses, refresh=False)
+                # After the rows, which name the samples, and before anything is saved.
+                state.guard.raise_if_stuck(config.run.max_skipped_steps, latest_checkpoint(output))
             # The picture first: a run killed between the two makes it again, and never goes on without it.
             if done or state.iteration % config.run.validation_steps == 0:
-                copy_weights(student.denoiser.model, state.ema)
-                validate(student, cache, nodes, output / "samples" / f"step-{state.iteration:06d}.png")
-            if done or state.iteration % config.run.checkpointing_steps == 0:
+                adopt(student, state, config)
+                validate(student, cache, output / "samples" / f"step-{state.iteration:06d}.png")
+            if saving:
                 state.seconds = spent + time.monotonic() - began
                 keep = config.run.checkpoints_total_limit
-                state.peak_memory = max(state.peak_memory, peak_memory())
+                state.peak_memory = max(state.peak_memory, peak_bytes(state.device))
                 meta = {
                     "seconds": state.seconds,
                     "peak_memory_bytes": state.peak_memory,
@@ -266,16 +236,6 @@ def loop(
                     "config": mine,
                 }
                 save_checkpoint(output, state.iteration, state.groups(), meta, keep=keep)
-
-
-def refuse_divergence(row: dict[str, Any], output: Path) -> None:
-    """Raise ValueError when an iteration's losses are not finite: the weights are lost, and must not be saved."""
-    if not all(math.isfinite(value) for value in row.values()):
-        numbers = ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "step")
-        raise ValueError(
-            f"iteration {row['step']} is not finite ({numbers}): the training diverged; lower rates may help. The last"
-            f" whole checkpoint is {latest_checkpoint(output) or 'none'}"
-        )
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
@@ -305,8 +265,19 @@ def identity(config: TrainConfig, cache: PromptCache) -> dict[str, Any]:
     return flags | {"model": f"sha256:{teacher}", "prompts": f"sha256:{fingerprint(cache.prompts)}"}
 
 
-def resume(config: TrainConfig, state: State, mine: dict[str, Any]) -> None:
-    """Load the checkpoint that `--resume_from_checkpoint` names into `state`; `mine` is the run's identity."""
+class Checkpoint(NamedTuple):
+    """A checkpoint that a run goes on from, read."""
+
+    path: Path
+    groups: dict[str, dict[str, Tensor]]
+    meta: dict[str, Any]
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint that `--resume_from_checkpoint` names, None where a run begins anew.
+
+    Raises ValueError when it is missing, damaged, no training run's, or when a run would bury another's checkpoints.
+    """
     wanted, output = config.run.resume_from_checkpoint, config.run.output_dir
     if wanted == "none":
         if checkpoints(output):
@@ -314,48 +285,48 @@ def resume(config: TrainConfig, state: State, mine: dict[str, Any]) -> None:
                 f"--resume_from_checkpoint none, but {output} holds checkpoints of an earlier run, which would be lost;"
                 " name another --output_dir or remove the folder"
             )
-        return
+        return None
     inside = output / wanted
     path = latest_checkpoint(output) if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
     if path is None:
-        return
+        return None
     groups, meta = load_checkpoint(path)
-    saved = meta.get("config")
-    absent = sorted(state.groups().keys() - groups.keys())
-    if saved is None or absent:
+    needed = {"student", "fake", "student_optimizer", "fake_optimizer", "guard"}
+    absent = sorted((needed | ({"ema"} if config.optimiser.use_ema else set())) - groups.keys())
+    if meta.get("config") is None or absent:
         raise ValueError(
             f"{path} is no checkpoint of a training run: it lacks {', '.join(absent) or 'its configuration'}"
         )
+    return Checkpoint(path, groups, meta)
+
+
+def refuse_another_runs(found: Checkpoint, mine: dict[str, Any]) -> None:
+    """Raise ValueError when a checkpoint is of a run of another `identity`."""
+    saved = found.meta["config"]
     changed = [f"{name} was {saved.get(name)}, is {mine.get(name)}" for name in mine if saved.get(name) != mine[name]]
     if changed:
         raise ValueError(
-            f"{path} belongs to a run with another configuration ({'; '.join(changed)}); use its flags to go on with"
-            " it, or another --output_dir to start anew"
+            f"{found.path} belongs to a run with another configuration ({'; '.join(changed)}); use its flags to go on"
+            " with it, or another --output_dir to start anew"
         )
-    state.restore(groups, meta)
-    print(f"going on from {path}", file=sys.stderr)
-    if (threads := torch.get_num_threads()) != meta["threads"]:
+
+
+def resume(state: State, found: Checkpoint) -> None:
+    """Go on from a checkpoint."""
+    state.restore(found.groups, found.meta)
+    print(f"going on from {found.path}", file=sys.stderr)
+    if (threads := torch.get_num_threads()) != found.meta["threads"]:
         print(
-            f"note: the checkpoint was made with {meta['threads']} threads, this process has {threads}; sums are"
+            f"note: the checkpoint was made with {found.meta['threads']} threads, this process has {threads}; sums are"
             " rounded in another order, so the weights will not be equal to the bit to an undisturbed run's",
             file=sys.stderr,
         )
 
 
-def validate(student: Pipeline, cache: PromptCache, nodes: list[int], path: Path) -> None:
+def validate(student: Pipeline, cache: PromptCache, path: Path) -> None:
     """Sample fixed prompts from fixed noise; the picture has a row a prompt, a frame in four across."""
     count = min(NUM_VALIDATION_PROMPTS, len(cache))
     indices = [i * len(cache) // count for i in range(count)]
-    clips = next(generate(student, cache, indices, nodes, seed=VALIDATION_SEED))
+    assert student.timesteps is not None
+    clips = next(generate(student, cache, indices, student.timesteps, seed=VALIDATION_SEED))
     write_video(path, torch.cat([to_uint8(clip)[::4] for clip in clips], dim=1))
-
-
-@torch.no_grad()
-def copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy named tensors into a model's parameters. Raises ValueError when they are another model's."""
-    parameters = dict(model.named_parameters())
-    if parameters.keys() != weights.keys():
-        odd = sorted(parameters.keys() ^ weights.keys())
-        raise ValueError(f"the checkpoint is of another model: {len(odd)} weights differ, {odd[0]} first")
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])

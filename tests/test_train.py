@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig
 from tdm_fast.distill import TDMConfig
 from tdm_fast.models.loading import load_pipeline
 from tdm_fast.ops._dispatch import choose
-from tdm_fast.train import make_state, train, train_step
+from tdm_fast.step import Batch, State, make_batch, make_state, rate_schedule, update
+from tdm_fast.text import PromptCache
+from tdm_fast.train import train
 
 STEPS = 12
 COMMAND_LINE = (
@@ -43,10 +46,17 @@ FLAGS = COMMAND_LINE.split()
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
-    """The rows of `metrics.jsonl` without timings."""
+    """The rows of `metrics.jsonl` without what depends on the machine and its moods."""
     lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
     parsed = [json.loads(line) for line in lines if line.endswith("}")]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in parsed]
+    moods = ("seconds", "samples_per_second", "mfu", "peak_memory")
+    return [{key: value for key, value in row.items() if not key.startswith(moods)} for row in parsed]
+
+
+def step(state: State, cache: PromptCache, config: TrainConfig, shape: tuple[int, ...]) -> dict[str, float]:
+    """One iteration as the loop makes it; its numbers."""
+    batch = make_batch(state.iteration, cache, config, [shape])
+    return {name: value.item() for name, value in update(state, batch, config, nullcontext).items()}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -198,7 +208,7 @@ def test_ctrl_c_is_one_line_and_code_130(
     [
         (100_000, [], "could not write .*/checkpoint-6: File too large. The last whole checkpoint is .*/checkpoint-3"),
         (15_000, [], "could not write to .*: File too large; the last whole checkpoint is .*/checkpoint-3"),
-        (1500, ["--checkpointing_steps", 100, "--validation_steps", 100], "could not write to .*/checkpoint-3"),
+        (2600, ["--checkpointing_steps", 100, "--validation_steps", 100], "could not write to .*/checkpoint-3"),
     ],
     ids=["checkpoint", "picture", "log"],
 )
@@ -237,13 +247,13 @@ def test_two_and_two_iterations_are_four(config: TrainConfig, tmp_path: Path, mo
     whole, halves = moved(config, tmp_path / "whole"), moved(config, tmp_path / "halves")
     train(whole)
 
-    def interrupted(state: module.State, *arguments: Any) -> dict[str, Any]:
+    def interrupted(state: State, *arguments: Any) -> dict[str, Tensor]:
         if state.iteration == 3:
             raise KeyboardInterrupt
-        return train_step(state, *arguments)
+        return update(state, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train_step", interrupted)
+        patch.setattr(module, "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(halves)
     assert [row["step"] for row in rows(tmp_path / "halves")] == [1, 2, 3]
@@ -254,7 +264,7 @@ def test_two_and_two_iterations_are_four(config: TrainConfig, tmp_path: Path, mo
     train(again)
     assert_same_run(tmp_path / "whole", tmp_path / "again")
     before = {path: path.read_bytes() for path in (tmp_path / "again").glob("checkpoint-*/*.safetensors")}
-    assert len(before) == 5
+    assert len(before) == 6
     train(again)  # nothing left to do
     assert before == {path: path.read_bytes() for path in before}
     assert_same_run(tmp_path / "whole", tmp_path / "again")
@@ -363,7 +373,7 @@ def test_another_number_of_threads_is_noted(
 
 def test_the_peak_of_memory_is_the_runs(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     for peak in (7 * 10**12, 10**12):
-        monkeypatch.setattr(module, "peak_memory", lambda peak=peak: peak)
+        monkeypatch.setattr(module, "peak_bytes", lambda _, peak=peak: peak)
         assert train(config)["peak_memory_bytes"] == 7 * 10**12
 
 
@@ -375,18 +385,41 @@ def test_the_peak_of_memory_is_this_processs_own() -> None:
     assert 2**20 < child < len(large) < host.peak_memory()
 
 
-@pytest.mark.parametrize("number", ["loss_fake", "loss_student", "grad_norm"])
-def test_a_run_that_diverges_is_stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, number: str) -> None:
-    def diverging(state: module.State, *arguments: Any) -> dict[str, Any]:
-        row = train_step(state, *arguments)
-        return {**row, number: math.nan} if state.iteration == 4 else row
+def spoiling(iterations: set[int]) -> Callable[..., dict[str, Tensor]]:
+    """`update` with latents that are no numbers in some iterations, counted from 0."""
 
-    monkeypatch.setattr(module, "train_step", diverging)
+    def spoilt(state: State, batch: Batch, *arguments: Any) -> dict[str, Tensor]:
+        odd = state.iteration in iterations
+        return update(state, batch._replace(latents=batch.latents * math.nan) if odd else batch, *arguments)
+
+    return spoilt
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_named(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "update", spoiling({2}))
+    train(moved(config, config.run.output_dir, checkpointing_steps=1, checkpoints_total_limit=None))
+    log = rows(config.run.output_dir)
+    assert [(row["skipped_fake"], row["skipped_student"]) for row in log] == [(0, 0), (0, 0), (1, 1), (0, 0)]
+    assert log[2]["samples"] == [0, 2] and len(log[2]["prompts"]) == 2 and log[2]["loss_student"] is None
+    assert "iteration 3: update of fake and student skipped" in capsys.readouterr().err
+    before, after, last = (
+        load_checkpoint(config.run.output_dir / f"checkpoint-{step}")[0] for step in (2, 3, 4)
+    )
+    for group in ("student", "fake", "ema", "student_optimizer", "fake_optimizer"):
+        assert all(torch.equal(before[group][name], after[group][name]) for name in before[group]), group
+        assert any(not torch.equal(after[group][name], last[group][name]) for name in before[group]), group
+
+
+def test_a_run_that_diverges_is_stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "update", spoiling({2, 3, 4, 5, 6}))
+    config.optimiser.max_train_steps = 7
     output = config.run.output_dir
-    with pytest.raises(ValueError, match=f"iteration 4 is not finite .*{number} nan.*{output}/checkpoint-2"):
-        train(config)
-    assert [path.name for path in checkpoints(output)] == ["checkpoint-2"]
-    assert [row["step"] for row in rows(output)] == [1, 2, 3]
+    with pytest.raises(ValueError, match=f"3 updates of the fake in a row .* checkpoint is {output}/checkpoint-4"):
+        train(moved(config, output, max_skipped_steps=3))
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
+    assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 5]
 
 
 def test_prompts_of_ones_own_are_encoded_once(
@@ -420,8 +453,8 @@ def test_the_main_jobs_losses_do_not_depend_on_the_backend(monkeypatch: pytest.M
         }
         teacher = load_pipeline(config.model.model)
         cache = module.prompt_cache(config, teacher, module.prompts_of(config))
-        state = make_state(teacher.denoiser, config.optimiser)
-        made = [train_step(state, cache, config, teacher.latent_shape) for _ in range(4)]
+        state = make_state(teacher.denoiser, config)
+        made = [step(state, cache, config, teacher.latent_shape) for _ in range(4)]
         losses[backend] = [(row["loss_fake"], row["loss_student"]) for row in made]
     for mine, wanted in zip(losses["cpp"], losses["torch"], strict=True):
         assert mine == pytest.approx(wanted, rel=1e-4)
@@ -432,33 +465,37 @@ def test_one_iteration(config: TrainConfig) -> None:
     teacher = load_pipeline(config.model.model)
     frozen = {name: p.clone() for name, p in teacher.denoiser.model.named_parameters()}
     cache = module.prompt_cache(config, teacher, module.prompts_of(config))
-    state = make_state(teacher.denoiser, config.optimiser)
+    state = make_state(teacher.denoiser, config)
     average = {name: p.double() for name, p in frozen.items()}
-    for step in range(1, 4):
-        row = train_step(state, cache, config, teacher.latent_shape)
-        assert row["step"] == state.iteration == step
-        decay = min(config.optimiser.ema_decay, step / (9 + step))
-        for name, parameter in state.roles.student.model.named_parameters():
+    for number in range(1, 4):
+        numbers = step(state, cache, config, teacher.latent_shape)
+        assert state.iteration == number and all(map(math.isfinite, numbers.values()))
+        decay = min(config.optimiser.ema_decay, number / (9 + number))
+        for name, parameter in state.networks.trainable("student").items():
             average[name] = decay * average[name] + (1 - decay) * parameter.detach().double()
     for name, parameter in teacher.denoiser.model.named_parameters():
         assert torch.equal(parameter, frozen[name]) and parameter.grad is None
         torch.testing.assert_close(state.ema[name].double(), average[name], rtol=1e-5, atol=1e-6)
     assert [group["lr"] for group in state.fake_optimizer.param_groups] == [1e-3]
-    without = dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, use_ema=False))
-    train_step(state, cache, without, teacher.latent_shape)
-    for name, parameter in state.roles.student.model.named_parameters():
-        assert torch.equal(state.ema[name], parameter)
+
+
+def test_without_an_average_the_student_is_what_it_is(config: TrainConfig) -> None:
+    config.optimiser.use_ema = False
+    train(config)
+    groups, _ = load_checkpoint(latest_checkpoint(config.run.output_dir))
+    assert "ema" not in groups
+    student = load_file(config.run.output_dir / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(student[name], groups["student"][name]) for name in student)
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"])
-def test_the_students_rate_is_the_named_schedule(tiny_teacher: Path, name: str) -> None:
-    teacher = load_pipeline(tiny_teacher).denoiser
-    config = OptimiserConfig(lr_scheduler=name, lr_warmup_steps=3, max_train_steps=9, student_learning_rate=0.5)
-    state = make_state(teacher, config)
-    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.5)
+def test_the_students_rate_is_the_named_schedule(name: str) -> None:
+    config = OptimiserConfig(lr_scheduler=name, lr_warmup_steps=3, max_train_steps=9)
+    rate = rate_schedule(0.5, config)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=9)
     for iteration in range(9):
-        assert state.student_rate(iteration) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        assert rate(iteration) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         schedule.step()
 

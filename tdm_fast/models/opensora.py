@@ -26,6 +26,7 @@ ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu
 MAX_CACHED_LAYOUTS = 16
 
 LayoutKind = tuple[int, bool]  # (number of subsequences, swapped), see TokenLayout
+NATURAL_ORDER: LayoutKind = (1, False)
 
 
 class PatchEmbed(nn.Module):
@@ -116,7 +117,7 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _layout_kind(self, layer: int) -> LayoutKind:
         sparse = self.config.sparse1d and FIRST_SPARSE_LAYER <= layer <= LAST_SPARSE_LAYER
-        return (self.config.sparse_n, layer % 2 == 1) if sparse and self.config.sparse_n > 1 else (1, False)
+        return (self.config.sparse_n, layer % 2 == 1) if sparse and self.config.sparse_n > 1 else NATURAL_ORDER
 
     @torch.no_grad()
     def _initialise_weights(self) -> None:
@@ -190,11 +191,16 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
             heads = self.config.num_attention_heads
             layouts = {kind: layout.with_mask(keep, heads) for kind, layout in layouts.items()}
 
+        order = NATURAL_ORDER
+        x = x.contiguous()  # as between blocks, so that the first one is no other program to torch.compile
         for block, kind in zip(self.transformer_blocks, self._layout_kinds, strict=True):
+            if kind != order:
+                x, order = layouts[kind].arrange(layouts[order].restore(x)), kind
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, text, text_mask, modulation, layouts[kind])
             else:
                 x = block(x, text, text_mask, modulation, layouts[kind])
+        x = layouts[order].restore(x)
 
         shift, scale = (self.scale_shift_table + embedded_timestep.unsqueeze(1)).chunk(2, dim=1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)

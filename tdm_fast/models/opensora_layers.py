@@ -42,9 +42,12 @@ def rotary_tables(
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x [B, N, heads, head_dim]`` by the tables of :func:`rotary_tables`: in fp32, returned in x's dtype."""
-    first, second = x.unflatten(-1, (3, 2, x.shape[-1] // 6)).unbind(-2)
-    partner = torch.stack((second, first), dim=-2).flatten(-3)  # on a CPU twice as fast as flip
-    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
+    halves = x.unflatten(-1, (3, 2, x.shape[-1] // 6))
+    if torch.compiler.is_compiling():
+        partner = halves.flip(-2)  # an index to the compiler, where a stack would be a copy
+    else:
+        partner = torch.stack((halves.select(-2, 1), halves.select(-2, 0)), dim=-2)  # on a CPU twice as fast as flip
+    return torch.addcmul(x * cos, partner.flatten(-3), sin).to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,9 @@ class TokenLayout:
     With j = (a·n + b)·n + c these are c and b: exchanging b and c turns the second rule into the first. The first needs
     no reordering at all, because a tensor ``[B, N, heads, head_dim]`` read as ``[B, N / n, n · heads, head_dim]`` is
     attention with n · heads heads over N / n tokens. n = 1 is dense attention.
+
+    Everything else in a block treats its tokens one by one, so whole blocks run in their layout's order: tokens move
+    between blocks whose layouts differ, and blocks of both sparse orders are one program.
 
     cos, sin: ``[N', 1, head_dim]`` in the arranged order, N' tokens with padding.
     mask: bool ``[B or 1, n · heads, 1, N' / n]``, True where a key counts, or None where all count.
@@ -74,7 +80,8 @@ class TokenLayout:
         tokens = cos.shape[0]
         padding = -tokens % subsequences**2
         layout = cls(cos, sin, None, subsequences, swapped, padding)
-        cos, sin = (layout.arrange(table.transpose(0, 1)).transpose(0, 1) for table in (cos, sin))
+        # Not transpose: an axis of length 1 would keep a stride that differs from layout to layout.
+        cos, sin = (layout.arrange(table.squeeze(1).unsqueeze(0)).squeeze(0).unsqueeze(1) for table in (cos, sin))
         layout = dataclasses.replace(layout, cos=cos, sin=sin)
         if padding:
             layout = layout.with_mask(torch.ones(1, tokens, dtype=torch.bool, device=cos.device), heads)
@@ -96,7 +103,7 @@ class TokenLayout:
     def restore(self, x: Tensor) -> Tensor:
         """Undo :meth:`arrange`."""
         x = self._exchange(x)
-        return x[:, : x.shape[1] - self.padding] if self.padding else x
+        return x[:, : x.shape[1] - self.padding].contiguous() if self.padding else x
 
     def _exchange(self, x: Tensor) -> Tensor:
         if not self.swapped:
@@ -136,8 +143,7 @@ class SelfAttention(Attention):
     """Dense or skiparse self-attention with rotary positions."""
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """``x [B, N, d]`` to ``[B, N, d]``; ``layout`` says which tokens see each other."""
-        x = layout.arrange(x)
+        """``x [B, N', d]`` in the order of ``layout``, which says which tokens see each other, to ``[B, N', d]``."""
         per_head = (self.heads, x.shape[-1] // self.heads)
         query = apply_rotary(self.to_q(x).unflatten(-1, per_head), layout.cos, layout.sin)
         key = apply_rotary(self.to_k(x).unflatten(-1, per_head), layout.cos, layout.sin)
@@ -145,8 +151,7 @@ class SelfAttention(Attention):
         if layout.subsequences > 1:
             folded = (x.shape[0], -1, layout.subsequences * self.heads, per_head[1])
             query, key, value = query.view(folded), key.view(folded), value.view(folded)
-        out = self._attend(query, key, value, layout.mask).reshape(x.shape)
-        return layout.restore(self._project_out(out))
+        return self._project_out(self._attend(query, key, value, layout.mask).reshape(x.shape))
 
 
 class CrossAttention(Attention):
@@ -186,8 +191,9 @@ class OpenSoraBlock(nn.Module):
     def forward(
         self, x: Tensor, text: Tensor, text_mask: Tensor | None, modulation: Tensor, layout: TokenLayout
     ) -> Tensor:
-        """``x [B, N, d]``, ``text [B, L, d]``, ``text_mask`` bool ``[B, 1, 1, L]`` or None, ``modulation [B, 6, d]``.
+        """``x [B, N', d]``, ``text [B, L, d]``, ``text_mask`` bool ``[B, 1, 1, L]`` or None, ``modulation [B, 6, d]``.
 
+        x comes and returns in the order of ``layout``.
         A modulation's six parts are shift, scale, gate of the self-attention, then of the feed-forward.
         """
         table = (self.scale_shift_table + modulation).unsqueeze(2)  # [B, 6, 1, d]

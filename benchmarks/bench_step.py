@@ -1,0 +1,237 @@
+"""The training step, one improvement after the other: what runs, and how it is measured.
+
+Every rung makes the same iterations from the same draws: of K = 4 steps there are 16 pairs of (k of the student update,
+k of the fake update), and the iterations measured are such that each pair comes once (with a shared index each k four
+times), so that the averages are exact and not a matter of luck. Rungs take turns, pair by pair, because a machine's
+speed drifts. The reference is tdm_fast/reference.py with torch's own AdamW and eager blocks; no improvement of ours is
+in it, and nothing in it is slower than it has to be: its attention, dtype, threads and layers are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdm_fast import distill, reference
+from tdm_fast.config import NetworksConfig, OptimiserConfig, TrainConfig
+from tdm_fast.distill import Roles, TDMConfig
+from tdm_fast.memory import TensorMemory
+from tdm_fast.models import OpenSoraT2V_v1_3
+from tdm_fast.models.denoiser import Denoiser
+from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
+from tdm_fast.schedule import Schedule
+from tdm_fast.step import Batch, State, make_batch, make_state, update
+from tdm_fast.text import PromptCache
+
+PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network of random weights to step, its latents `(C, T, H, W)`, its prompts' length and the batch."""
+
+    name: str
+    network: dict[str, Any]
+    latents: tuple[int, ...]
+    tokens: int
+    batch: int
+
+
+def _network(layers: int, heads: int, head_dim: int, caption: int) -> dict[str, Any]:
+    return {
+        "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim,
+        "cross_attention_dim": heads * head_dim, "caption_channels": caption, "in_channels": 8, "out_channels": 8,
+        "patch_size": 2, "patch_size_t": 1, "activation_fn": "gelu-approximate", "sparse1d": True, "sparse_n": 4,
+    }  # fmt: skip
+
+
+MODELS = {
+    # The sizes of the bundled teacher.
+    "tiny": Model("tiny", {**_network(6, 4, 24, 64), "sparse_n": 2}, (8, 5, 8, 8), 7, 24),
+    "50m": Model("50m", _network(13, 10, 48, 1024), (8, 5, 16, 16), 64, 4),
+    "2b": Model("2b", _network(32, 24, 96, 4096), (8, 8, 60, 80), 512, 1),
+    "2b-93x640x640": Model("2b-93x640x640", _network(32, 24, 96, 4096), (8, 24, 80, 80), 512, 1),
+}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One state of affairs. `ours` is tdm_fast's step, else the reference's."""
+
+    name: str
+    ours: bool = True
+    backend: str = ""
+    """TDM_FAST_BACKEND; empty for the fastest there is."""
+    fused_adam: bool = True
+    tdm: dict[str, Any] = field(default_factory=dict)
+    networks: dict[str, Any] = field(default_factory=dict)
+
+
+LADDER = (
+    Rung("reference", ours=False, backend="torch", fused_adam=False),
+    Rung("no wasted forwards", backend="torch", fused_adam=False),
+    Rung("fused ops", fused_adam=False),
+    Rung("fused AdamW"),
+    Rung("torch.compile", networks={"compile": "on"}),
+    Rung("shared index", networks={"compile": "on"}, tdm={"share_index": True}),
+)
+MEMORY = tuple(
+    Rung(f"{roles}, {kind}", networks={"roles": roles, "activation_checkpointing": kind})
+    for roles, kind in itertools.product(("full", "lora"), ("none", "selective", "block"))
+)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force the ops' implementation inside the block."""
+    before = os.environ.get("TDM_FAST_BACKEND")
+    os.environ["TDM_FAST_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("TDM_FAST_BACKEND") if before is None else os.environ.update(TDM_FAST_BACKEND=before)
+
+
+def make_teacher(model: Model, device: str) -> Denoiser:
+    """The network with weights that let every part of it matter (a new one's last layers are zero)."""
+    torch.manual_seed(0)
+    _, frames, height, width = model.latents
+    sizes = {"sample_size_t": frames, "sample_size_h": height, "sample_size_w": width}
+    network = OpenSoraT2V_v1_3(**model.network, **sizes)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+    schedule = Schedule.ddpm(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    return OpenSoraDenoiser(network.to(device), schedule)
+
+
+def make_prompts(model: Model) -> PromptCache:
+    """Prompts of random embeddings, all of one length."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(PROMPTS + 1, model.tokens, model.network["caption_channels"], generator=generator).unbind()
+    return PromptCache(tuple(f"prompt {index}" for index in range(PROMPTS)), tuple(rows[:-1]), rows[-1])
+
+
+def make_config(rung: Rung, model: Model, *, per: str = "iteration", ema: bool = True) -> TrainConfig:
+    return TrainConfig(
+        tdm=TDMConfig(index_per=per, seed=5, **rung.tdm),  # type: ignore[arg-type]
+        networks=NetworksConfig(**({"compile": "off", "mixed_precision": "auto"} | rung.networks)),
+        optimiser=OptimiserConfig(train_batch_size=model.batch, use_ema=ema, lr_warmup_steps=0),
+    )
+
+
+def pairs(config: TDMConfig) -> list[int]:
+    """Sixteen iterations whose draws are all pairs of steps once; with a shared index, all steps four times."""
+    wanted = {(k, j) for k in range(1, config.num_steps + 1) for j in range(1, config.num_steps + 1)}
+    found: list[int] = []
+    seen: list[tuple[int, int]] = []
+    for iteration in itertools.count():
+        draws = distill.draw(config, 1, iteration)
+        pair = (draws.student.steps[0], draws.fake[0].steps[0])
+        often = config.num_steps if config.share_index else 1
+        if pair in wanted and seen.count(pair) < often:
+            seen.append(pair)
+            found.append(iteration)
+        if len(found) == config.num_steps**2:
+            return found
+    raise AssertionError
+
+
+class Runner:
+    """A rung with networks and optimisers of its own."""
+
+    def __init__(self, rung: Rung, model: Model, device: str, *, per: str = "iteration", ema: bool = True) -> None:
+        self.rung, self.device, self.cache = rung, torch.device(device), make_prompts(model)
+        self.config, self.shapes = make_config(rung, model, per=per, ema=ema), [model.latents]
+        self.state: State = make_state(make_teacher(model, device), self.config)
+        if not rung.fused_adam:
+            for name in ("student_optimizer", "fake_optimizer"):
+                ours = getattr(self.state, name)
+                options = {key: ours.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
+                setattr(self.state, name, torch.optim.AdamW(ours.param_groups[0]["params"], **options))
+        self.batches: dict[int, Batch] = {}
+
+    def batch(self, iteration: int) -> Batch:
+        if iteration not in self.batches:
+            self.batches[iteration] = make_batch(iteration, self.cache, self.config, self.shapes, self.device)
+        return self.batches[iteration]
+
+    def iterate(self, iteration: int, phase: Callable[[str], Any] = nullcontext) -> None:
+        """One whole iteration, optimisers and average included; the draws are those of `iteration`."""
+        self.state.iteration = iteration
+        with backend(self.rung.backend):
+            if self.rung.ours:
+                update(self.state, self.batch(iteration), self.config, phase)
+            else:
+                reference_update(self.state, self.batch(iteration), self.config, phase)
+
+    def seconds(self, iteration: int) -> float:
+        self.batch(iteration)
+        synchronize(self.device)
+        began = time.perf_counter()
+        self.iterate(iteration)
+        synchronize(self.device)
+        return time.perf_counter() - began
+
+    def flops(self, iterations: list[int]) -> float:
+        """Operations of an iteration, on average over these."""
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            for iteration in iterations:
+                self.iterate(iteration)
+        return counter.get_total_flops() / len(iterations)
+
+    def peak_bytes(self, iterations: list[int]) -> int:
+        """The most that tensors held during these iterations: networks, optimisers, gradients, activations."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            for iteration in iterations:
+                self.iterate(iteration)
+            return torch.cuda.max_memory_allocated(self.device)
+        with torch.compiler.set_stance("force_eager"), TensorMemory() as memory:
+            memory.add(*self.state.networks.models(), *self.state.ema.values())
+            memory.add(self.state.student_optimizer, self.state.fake_optimizer)
+            for iteration in iterations:
+                self.iterate(iteration, memory.phase)
+        return memory.peak
+
+
+def reference_update(state: State, batch: Batch, config: TrainConfig, phase: Callable[[str], Any]) -> None:
+    """An iteration as the public demo's trainer makes it: gradients are cleared before the backward, not after."""
+    tdm, _, conditioning, unconditional, latents, _ = batch
+    iteration, roles, optimiser = state.iteration, state.networks.roles, config.optimiser
+    draws = reference.draw(tdm, len(latents), iteration, device=state.device)
+    with phase("rollout"):
+        rolled = reference.rollout(roles.student, latents, conditioning, roles.student.schedule, tdm, draws)
+    with phase("fake"):
+        loss = reference.fake_loss(roles, rolled, conditioning, tdm, draws, iteration)
+        state.fake_optimizer.zero_grad()
+        loss.backward()
+    with phase("optimiser"):
+        state.fake_optimizer.step()
+    with phase("student"):
+        loss = reference.student_loss(roles, rolled, conditioning, unconditional, tdm, draws, iteration)
+        state.student_optimizer.zero_grad()
+        loss.backward()
+    with phase("optimiser"), torch.no_grad():
+        parameters = state.networks.trainable("student")
+        nn.utils.clip_grad_norm_(list(parameters.values()), optimiser.max_grad_norm)
+        state.student_optimizer.step()
+        for name, average in state.ema.items():
+            average.lerp_(parameters[name], 1 - optimiser.ema_decay)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,159 @@
+"""Before a run: what it will hold in memory, what its networks cost, and the batch size that fits."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from tdm_fast.config import TrainConfig
+from tdm_fast.distill import rolled_samples
+from tdm_fast.memory import (
+    Estimate,
+    device_memory,
+    estimate,
+    fake_tensors,
+    fits_by_estimate,
+    fits_by_trial,
+    largest_batch,
+    refuse_if_too_large,
+)
+from tdm_fast.metering import Cost, count_operations
+from tdm_fast.models.denoiser import Conditioning, Denoiser
+from tdm_fast.models.roles import make_networks, tell
+from tdm_fast.philox import randn
+from tdm_fast.step import Batch, make_batch, make_state, update
+from tdm_fast.text import PromptCache
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+class Costs(NamedTuple):
+    """Operations of one sample in each role's network."""
+
+    student: Cost
+    teacher: Cost
+    fake: Cost
+
+
+def measure_costs(config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes) -> list[Costs]:
+    """Of each size of latents `(C, T, H, W)`, with the longest prompt; counted on fake networks, nothing is computed."""
+    longest = max(range(len(cache)), key=lambda index: len(cache.embeddings[index]))
+    device = next(teacher.parameters()).device
+    conditioning, t = cache.batch([longest]).to(device), torch.zeros(1, dtype=torch.int64, device=device)
+    costs = []
+    for shape in shapes:
+        latents = randn(1, shape, seed=0, device=device)
+        with fake_tensors():
+            roles = make_networks(
+                copy.deepcopy(teacher),
+                kind=config.networks.roles,
+                lora_rank=config.networks.lora_rank,
+                teacher_dtype=None,
+                unify=config.tdm.unify,
+            ).roles
+            told = tell(conditioning, config.tdm.num_steps) if config.tdm.unify else conditioning
+            inputs = (told, conditioning, told)
+            costs.append(Costs(*(count_operations(role, latents, t, c) for role, c in zip(roles, inputs, strict=True))))
+    return costs
+
+
+def iteration_flops(costs: Costs, batch: Batch) -> int:
+    """Model FLOPs of one iteration: what the method needs, without what checkpointing computes twice."""
+    tdm, size = batch.tdm, len(batch.prompts)
+    teacher_calls = 1 if tdm.cfg == 1 else 2
+    updates = tdm.fake_updates * costs.fake.trained + costs.fake.forward
+    judged = costs.student.trained + teacher_calls * costs.teacher.forward
+    return rolled_samples(tdm, batch.draws) * costs.student.forward + size * (updates + judged)
+
+
+def with_flags(config: TrainConfig, **flags: Any) -> TrainConfig:
+    """The same configuration with other values of some flags."""
+    groups = {}
+    for group in (field.name for field in dataclasses.fields(config)):
+        values = getattr(config, group)
+        mine = {f.name: flags[f.name] for f in dataclasses.fields(values) if f.name in flags}
+        groups[group] = dataclasses.replace(values, **mine)
+    return TrainConfig(**groups)
+
+
+def largest_example(
+    cache: PromptCache, config: TrainConfig, shapes: Shapes, device: torch.device, iteration: int = 0
+) -> Batch:
+    """A batch as large as any of the run's: the largest latents, the longest prompt, and a shorter one to be padded."""
+    batch = make_batch(iteration, cache, config, [max(shapes, key=lambda shape: torch.Size(shape).numel())], device)
+    by_length = sorted(range(len(cache)), key=lambda index: len(cache.embeddings[index]))
+    prompts = [by_length[-1]] * len(batch.prompts)
+    prompts[1:2] = by_length[:1] if len(prompts) > 1 else []
+    return batch._replace(prompts=prompts, conditioning=cache.batch(prompts).to(device))
+
+
+def estimate_run(config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes) -> Estimate:
+    """What a run will hold on the device that `teacher` is on, the teacher included, without running it."""
+    device = next(teacher.parameters()).device
+    eager = with_flags(config, compile="off")  # what a compiler fuses away is left to the safe side
+    batches = [largest_example(cache, eager, shapes, device, iteration) for iteration in range(2)]
+
+    def step(state: Any, phase: Callable[[str], Any]) -> None:
+        update(state, batches[state.iteration], eager, phase)
+
+    return estimate(lambda: make_state(copy.deepcopy(teacher), eager), step, device=device)
+
+
+def refuse_what_cannot_fit(
+    config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes
+) -> Estimate:
+    """The estimate of a run. Raises ValueError, with what would fit, for one that the device has no memory for."""
+    expected = estimate_run(config, teacher, cache, shapes)
+    size = config.optimiser.train_batch_size
+    assert isinstance(size, int)
+    wishes: list[dict[str, Any]] = [{"activation_checkpointing": "block"}]
+    wishes += [{"activation_checkpointing": "block", "train_batch_size": size // part} for part in (2, 4) if size >= part]
+    wishes += [{"roles": "lora"}, {"roles": "lora", "activation_checkpointing": "block", "train_batch_size": 1}]
+
+    def alternative(flags: Mapping[str, Any]) -> tuple[str, Callable[[], Estimate]]:
+        text = " ".join(f"--{name} {value}" for name, value in flags.items())
+        return text, lambda: estimate_run(with_flags(config, **flags), teacher, cache, shapes)
+
+    # The teacher's weights, which the estimate counts, are in memory already.
+    there = sum(p.nbytes for p in teacher.parameters())
+    available = device_memory(next(teacher.parameters()).device) + there
+    refuse_if_too_large(expected, available, [alternative(flags) for flags in wishes])
+    return expected
+
+
+def with_batch_size(
+    config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes, saved: Mapping[str, Any] | None
+) -> TrainConfig:
+    """`config` with `--train_batch_size auto` replaced by a number, and the checkpointing that goes with it.
+
+    A run that goes on from a checkpoint keeps what was found when it began (`saved` is the checkpoint's configuration).
+    """
+    if config.optimiser.train_batch_size != "auto":
+        return config
+    names = ("train_batch_size", "activation_checkpointing")
+    if saved is not None:
+        return with_flags(config, **{name: saved[name] for name in names})
+    device = next(teacher.parameters()).device
+
+    def candidate(size: int, checkpointing: str) -> TrainConfig:
+        return with_flags(config, train_batch_size=size, activation_checkpointing=checkpointing)
+
+    def estimated(size: int, checkpointing: str) -> Estimate:
+        return estimate_run(candidate(size, checkpointing), teacher, cache, shapes)
+
+    def trial(size: int, checkpointing: str) -> None:
+        tried = with_flags(candidate(size, checkpointing), compile="off")
+        state = make_state(copy.deepcopy(teacher), tried)
+        for iteration in range(2):
+            update(state, largest_example(cache, tried, shapes, device, iteration), tried, nothing)
+
+    if device.type == "cuda":
+        fits = fits_by_trial(trial, device)
+    else:
+        fits = fits_by_estimate(estimated, device_memory(device) + sum(p.nbytes for p in teacher.parameters()))
+    choice = largest_batch(fits)
+    return with_flags(config, train_batch_size=choice.batch_size, activation_checkpointing=choice.checkpointing)
