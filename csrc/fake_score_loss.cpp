@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
+
 #include "launch.h"
 #include "tensors.h"
 
@@ -53,7 +55,7 @@ static LossOutputs run_loss(FakeScoreLossArgs& args, const Tensor& fake, const O
     torch::stable::fill_(loss, nan_value);
     torch::stable::fill_(scale, nan_value);
   }
-  return {loss, residual, scale};
+  return {std::move(loss), std::move(residual), std::move(scale)};
 }
 
 static LossOutputs fake_score_loss_op(const Tensor& x0_fake, const Tensor& x0, const Tensor& snr,

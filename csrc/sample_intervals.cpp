@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
+
 #include "launch.h"
 #include "tensors.h"
 
@@ -17,35 +19,53 @@ static void run(const SampleIntervalsArgs& args, const Tensor&) {
 }
 #endif
 
-static void sample_intervals_op(Tensor out, const OptionalTensor& seed_tensor, const OptionalTensor& iteration_tensor,
-                                int64_t seed, int64_t iteration, const std::vector<int64_t>& nodes, int64_t total_steps,
-                                int64_t stream, int64_t sample_offset, bool separate, bool randmid,
-                                int64_t min_timestep, int64_t margin, int64_t mid_gap) {
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == 4 && out.is_contiguous() && out.scalar_type() == ScalarType::Long,
-                  "out must be contiguous int64 [4, batch]");
-  STD_TORCH_CHECK(!nodes.empty() && nodes.size() <= max_nodes, "nodes must be 1 to ", max_nodes, " timesteps");
+// What stays the same from draw to draw comes packed in one int64 tensor on the CPU, whatever the device: read as an
+// argument, it costs less than each of its numbers would. sample_intervals.py (Settings) packs it in this order.
+static void unpack(const Tensor& settings, SampleIntervalsArgs& args) {
+  constexpr int64_t before_nodes = 7;
+  STD_TORCH_CHECK(settings.is_cpu() && settings.dim() == 1 && settings.is_contiguous() &&
+                      settings.scalar_type() == ScalarType::Long,
+                  "settings must be a contiguous int64 vector on the CPU");
+  const int64_t nodes = settings.numel() - before_nodes;
+  STD_TORCH_CHECK(nodes >= 1 && nodes <= max_nodes, "settings must have 1 to ", max_nodes, " timesteps");
+  const int64_t* p = static_cast<const int64_t*>(settings.const_data_ptr());
+  args.draw.stream = static_cast<uint32_t>(p[0]);
+  args.total_steps = static_cast<int32_t>(p[1]);
+  args.separate = p[2] != 0;
+  args.randmid = p[3] != 0;
+  args.min_timestep = static_cast<int32_t>(p[4]);
+  args.margin = static_cast<int32_t>(p[5]);
+  args.mid_gap = static_cast<int32_t>(p[6]);
+  args.num_steps = static_cast<int32_t>(nodes);
+  for (int64_t i = 0; i < nodes; ++i) args.nodes[i] = static_cast<int32_t>(p[before_nodes + i]);
+}
+
+// Four tensors, on the device of `like`: views of one would cost as much again as the draw.
+static std::tuple<Tensor, Tensor, Tensor, Tensor> sample_intervals_op(const Tensor& like, const Tensor& settings,
+                                                                      const OptionalTensor& seed_tensor,
+                                                                      const OptionalTensor& iteration_tensor,
+                                                                      int64_t seed, int64_t iteration, int64_t batch,
+                                                                      int64_t sample_offset) {
   SampleIntervalsArgs args;
-  args.out = static_cast<int64_t*>(out.mutable_data_ptr());
-  args.batch = out.size(1);
-  args.draw = make_draw(seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset, purpose_intervals, out);
-  args.num_steps = static_cast<int32_t>(nodes.size());
-  for (int32_t i = 0; i < args.num_steps; ++i) args.nodes[i] = static_cast<int32_t>(nodes[i]);
-  args.total_steps = static_cast<int32_t>(total_steps);
-  args.min_timestep = static_cast<int32_t>(min_timestep);
-  args.margin = static_cast<int32_t>(margin);
-  args.mid_gap = static_cast<int32_t>(mid_gap);
-  args.separate = separate;
-  args.randmid = randmid;
-  if (args.batch > 0) run(args, out);
+  args.draw = make_draw(seed_tensor, iteration_tensor, seed, iteration, 0, sample_offset, purpose_intervals, like);
+  unpack(settings, args);
+  Tensor k = new_vector<ScalarType::Long>(like, batch), t_gen = new_vector<ScalarType::Long>(like, batch);
+  Tensor t_mid = new_vector<ScalarType::Long>(like, batch), t = new_vector<ScalarType::Long>(like, batch);
+  args.k = static_cast<int64_t*>(k.mutable_data_ptr());
+  args.t_gen = static_cast<int64_t*>(t_gen.mutable_data_ptr());
+  args.t_mid = static_cast<int64_t*>(t_mid.mutable_data_ptr());
+  args.t = static_cast<int64_t*>(t.mutable_data_ptr());
+  args.batch = batch;
+  if (batch > 0) run(args, like);
+  return {std::move(k), std::move(t_gen), std::move(t_mid), std::move(t)};
 }
 
 }  // namespace tdm_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(TDM_FAST_NAMESPACE, m) {
   m.def(
-      "sample_intervals(Tensor(a!) out, Tensor? seed_tensor, Tensor? iteration_tensor, int seed, int iteration, "
-      "int[] nodes, int total_steps, int stream, int sample_offset, bool separate, bool randmid, int min_timestep, "
-      "int margin, int mid_gap) -> ()");
+      "sample_intervals(Tensor like, Tensor settings, Tensor? seed_tensor, Tensor? iteration_tensor, int seed, "
+      "int iteration, int batch, int sample_offset) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TDM_FAST_NAMESPACE, TDM_FAST_KEY, m) {

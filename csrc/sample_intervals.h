@@ -8,7 +8,7 @@ namespace tdm_fast {
 constexpr int max_nodes = 256;  // as MAX_NODES in tdm_fast/ops/sample_intervals.py: they travel in the arguments
 
 struct SampleIntervalsArgs {
-  int64_t* out;  // [4, batch]: k, t_gen, t_mid, t
+  int64_t *k, *t_gen, *t_mid, *t;  // [batch]
   int64_t batch;
   Draw draw;  // purpose_intervals
   int32_t nodes[max_nodes];  // the trajectory, descending: nodes[num_steps - k] is t_k
@@ -25,10 +25,10 @@ TDM_FAST_INLINE void sample_interval(const SampleIntervalsArgs& args, int64_t in
   if (args.randmid) t_mid += bounded(words.w1, t_gen - args.mid_gap - t_mid);
   const int64_t low = t_mid < args.min_timestep ? args.min_timestep : t_mid;
   const int64_t high = (args.separate ? t_gen : args.total_steps) - args.margin;
-  args.out[index] = k;
-  args.out[args.batch + index] = t_gen;
-  args.out[2 * args.batch + index] = t_mid;
-  args.out[3 * args.batch + index] = low + bounded(words.w2, high - low);
+  args.k[index] = k;
+  args.t_gen[index] = t_gen;
+  args.t_mid[index] = t_mid;
+  args.t[index] = low + bounded(words.w2, high - low);
 }
 
 }  // namespace tdm_fast

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
+
 #include "launch.h"
 #include "tensors.h"
 
@@ -57,7 +59,7 @@ static LossOutputs run_loss(TdmLossArgs& args, const Tensor& student, const Opti
     torch::stable::fill_(loss, nan_value);
     torch::stable::fill_(scale, nan_value);
   }
-  return {loss, residual, scale};
+  return {std::move(loss), std::move(residual), std::move(scale)};
 }
 
 static LossOutputs tdm_loss_op(const Tensor& x0, const Tensor& x0_teacher, const Tensor& x0_uncond,

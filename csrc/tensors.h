@@ -65,14 +65,25 @@ inline Output output(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), latent_dtype(tensor.scalar_type(), "an output")};
 }
 
-template <ScalarType dtype = ScalarType::Float>
-Tensor new_vector(const Tensor& like, int64_t length) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(&length, 1), dtype);
+// For a few numbers per sample, which every kernel fills: without the dispatcher, and a third of new_empty's time.
+inline Tensor new_small(const Tensor& like, int64_t dim, int64_t length, ScalarType dtype) {
+  int32_t device_type, device_index;
+  const int64_t stride = 1;
+  const int32_t raw_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, &length, &stride, raw_dtype, device_type, device_index, &handle));
+  return Tensor(handle);
 }
 
-inline Tensor new_scalar(const Tensor& like) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(), ScalarType::Float);
+template <ScalarType dtype = ScalarType::Float>
+Tensor new_vector(const Tensor& like, int64_t length) {
+  return new_small(like, 1, length, dtype);
 }
+
+inline Tensor new_scalar(const Tensor& like) { return new_small(like, 0, 1, ScalarType::Float); }
 
 inline Tensor new_slots(const Tensor& like, Shape shape, int64_t sums_per_chunk) {
   return new_vector<ScalarType::Double>(like, slot_count(shape, sums_per_chunk));

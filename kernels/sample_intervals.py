@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +16,10 @@ _BLOCK = 128
 
 @triton.jit(do_not_specialize=[*DRAW, "total_steps", "min_timestep", "margin", "mid_gap", "batch"])
 def _sample_intervals_kernel(
-    out,
+    ks,
+    t_gens,
+    t_mids,
+    ts,
     seed_tensor,
     iteration_tensor,
     seed_low,
@@ -51,39 +55,40 @@ def _sample_intervals_kernel(
     low = tl.where(t_mid < min_timestep, min_timestep, t_mid)
     high = (t_gen if SEPARATE else total_steps) - margin
     t = low + bounded(third, high - low)
-    tl.store(out + index, k, mask=mask)
-    tl.store(out + batch + index, t_gen, mask=mask)
-    tl.store(out + 2 * batch + index, t_mid, mask=mask)
-    tl.store(out + 3 * batch + index, t, mask=mask)
+    tl.store(ks + index, k, mask=mask)
+    tl.store(t_gens + index, t_gen, mask=mask)
+    tl.store(t_mids + index, t_mid, mask=mask)
+    tl.store(ts + index, t, mask=mask)
 
 
 def sample_intervals(
-    out: Tensor,
-    seed_tensor: Tensor | None,
-    iteration_tensor: Tensor | None,
-    seed: int,
-    iteration: int,
+    like: Tensor,
     nodes: list[int],
     total_steps: int,
     stream: int,
-    sample_offset: int,
     separate: bool,
     randmid: bool,
     min_timestep: int,
     margin: int,
     mid_gap: int,
-) -> None:
-    """Fill `out`, contiguous int64 `[4, B]`, with k, t_gen, t_mid and t.
+    seed_tensor: Tensor | None,
+    iteration_tensor: Tensor | None,
+    seed: int,
+    iteration: int,
+    batch_size: int,
+    sample_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k, t_gen, t_mid and t, int64 `[B]` each, on the device of `like`.
 
     `nodes` are the trajectory's timesteps, descending; one kernel is compiled per trajectory. `seed_tensor` and
-    `iteration_tensor`, 0-d int64 on out's device, stand in place of the ints where given.
+    `iteration_tensor`, 0-d int64 on that device, stand in place of the ints where given.
     """
-    batch = out.shape[1]
-    if batch == 0:
-        return
-    with on_device(out):
-        _sample_intervals_kernel[(triton.cdiv(batch, _BLOCK),)](
-            out, *draw_words(seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset),
-            total_steps, min_timestep, margin, mid_gap, batch, tuple(nodes), separate, randmid,
-            int(Purpose.INTERVALS), _BLOCK,
-        )  # fmt: skip
+    k, t_gen, t_mid, t = (torch.empty(batch_size, dtype=torch.int64, device=like.device) for _ in range(4))
+    if batch_size > 0:
+        with on_device(like):
+            _sample_intervals_kernel[(triton.cdiv(batch_size, _BLOCK),)](
+                k, t_gen, t_mid, t, *draw_words(seed_tensor, iteration_tensor, seed, iteration, stream, sample_offset),
+                total_steps, min_timestep, margin, mid_gap, batch_size, tuple(nodes), separate, randmid,
+                int(Purpose.INTERVALS), _BLOCK,
+            )  # fmt: skip
+    return k, t_gen, t_mid, t

@@ -185,6 +185,50 @@ def test_infinite_and_undefined_numbers(case: Case) -> None:
             torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+SPECIAL = (0.0, -0.0, 1e-45, 1e-39, 1e-30, 1e-23, 1.0, -1e18, 2e19, 1e38, math.inf, -math.inf, math.nan)
+
+
+@pytest.mark.parametrize("c", [1e-3, 1e-30, 1e30])
+def test_huber_at_the_ends_of_the_numbers(c: float) -> None:
+    """At every place in a run of registers and in the rest after it, the definition's values and gradients.
+
+    c = 1e-30, whose square is 0 in float32, makes roots of 0; the errors' squares overflow and vanish.
+    """
+    for special in SPECIAL:
+        for size in (1, 77):
+            # One row for each place of the special number.
+            error = normal((size, size), torch.float32, 0)
+            error.fill_diagonal_(special)
+            runs = []
+            for backend in ("cpp", "torch"):
+                leaf = error.clone().requires_grad_()
+                values = ops.pseudo_huber(leaf, torch.zeros_like(leaf), c=c, reduction="none", backend=backend)
+                runs.append([values.detach(), *torch.autograd.grad(values, leaf, torch.ones_like(values))])
+            for mine, wanted in zip(*runs, strict=True):
+                # torch's roots of many numbers come from a library that does not round all of them to the nearest.
+                torch.testing.assert_close(mine, wanted, rtol=3e-7, atol=0, equal_nan=True)
+
+
+def test_ode_step_twice_differentiable_and_one_gradient_alone() -> None:
+    """The backward is a kernel of its own, or the definition's where its result is differentiated again."""
+    for dtypes in itertools.product(DTYPES, DTYPES):
+        latents = [normal((3, 4, 41), dtype, seed) for seed, dtype in enumerate(dtypes)]
+        case, upstream = CASES["ode_step-v_prediction"], normal((4, 41, 3), dtypes[0], 5).permute(2, 0, 1)
+        for wanted in ((0,), (1,), (0, 1)):
+            runs = []
+            for backend in ("cpp", "torch"):
+                given = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(latents)]
+                leaves = [given[i] for i in wanted]
+                factor = upstream.clone().requires_grad_()
+                (step,) = case.run(*given, backend=backend)
+                plain = torch.autograd.grad(step, leaves, factor, retain_graph=True)
+                linked = torch.autograd.grad(step, leaves, factor, create_graph=True)
+                again = torch.autograd.grad([gradient.float().sum() for gradient in linked], factor)
+                assert same(list(plain), [gradient.detach() for gradient in linked])
+                runs.append([*plain, *again])
+            assert same(*runs)
+
+
 @EVERY_CASE
 def test_empty_and_single(case: Case) -> None:
     for shape in ((0, 5), (2, 0), (0,), (1,), (1, 1)):
@@ -233,8 +277,7 @@ def autograd_gradient(case: Case, latents: list[Tensor]) -> Tensor:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_residual, "loss", definition)
-        plain = _dispatch.implementation("pseudo_huber", "torch")
-        patch.setattr(sys.modules["tdm_fast.ops.pseudo_huber"], "_pseudo_huber", lambda *inputs: plain(*inputs[:-1]))
+        patch.setattr(_residual, "loss_of_difference", definition)
         (loss,) = case.run(leaf, *latents[1:], backend="torch")
     kind = type(loss.grad_fn).__name__.removesuffix("0")
     assert kind in ("MeanBackward", "SumBackward", "MulBackward", "CloneBackward")
@@ -289,6 +332,20 @@ def test_intervals_are_the_definitions(settings: dict[str, Any]) -> None:
         for given in (settings, {**settings, **as_tensors}):
             drawn = ops.sample_intervals(batch, **given, backend="cpp")
             assert all(torch.equal(mine, wanted) for mine, wanted in zip(drawn, expected, strict=True))
+
+
+def test_intervals_are_drawn_anew() -> None:
+    """What is remembered between calls is neither the draw nor a device; a number of another type is refused."""
+    settings: dict[str, Any] = {"num_steps": 4, "total_steps": 900, "seed": 1}
+    first = ops.sample_intervals(8, iteration=0, **settings)
+    kept = [values.clone() for values in first]
+    second = ops.sample_intervals(8, iteration=1, **settings)
+    assert same(list(first), kept) and not torch.equal(first[3], second[3])
+    assert len({values.data_ptr() for values in (*first, *second)}) == 8
+    with pytest.raises((TypeError, ValueError)):
+        ops.sample_intervals(8, iteration=0, **{**settings, "num_steps": 4.0})
+    with pytest.raises(ValueError, match="stream is 65536"):
+        ops.sample_intervals(8, iteration=0, stream=65536, **settings)
 
 
 @pytest.mark.slow

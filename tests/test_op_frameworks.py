@@ -62,8 +62,8 @@ def test_opcheck(case: Case, backend: str) -> None:
 
 @BACKENDS
 def test_opcheck_of_the_intervals(backend: str) -> None:
-    options = ([899, 674, 449, 224], 900, 0, 0, True, True, 20, 10, 20, torch.device("cpu"), backend)
-    torch.library.opcheck(_sample_intervals, (5, None, torch.tensor(3), 7, 0, *options))
+    options = (4, 900, [899, 674, 449, 224], 0, True, True, 20, 10, 20, torch.device("cpu"), backend)
+    torch.library.opcheck(_sample_intervals, (None, torch.tensor(3), 7, 0, 5, 0, *options))
 
 
 @BACKENDS

@@ -21,6 +21,11 @@ static void block_sum(const float* fake, const float* x0, const float* noisy, fl
   for_each_element(
       n,
       [&](int64_t i) {
+        if (i % 16 == 0) {
+          prefetch_input(fake + i);
+          prefetch_input(x0 + i);
+          if constexpr (from_outputs) prefetch_input(noisy + i);
+        }
         const Vec error = error_at<from_outputs, Vec>(fake, x0, noisy, i, wide_a, wide_b);
         square += error * error;
         if constexpr (with_gradient) store(residual + i, error);

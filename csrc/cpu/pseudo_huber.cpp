@@ -15,6 +15,10 @@ static void block_values(const float* input, const float* target, float* values,
   for_each_element(
       n,
       [&](int64_t i) {
+        if (i % 16 == 0) {
+          prefetch_input(input + i);
+          prefetch_input(target + i);
+        }
         const LossTerm<Vec> v = penalty<true>(load(input + i) - load(target + i), c, c_squared);
         if constexpr (keep_values) {
           store(values + i, v.value * wide_weight);

@@ -22,6 +22,18 @@ struct Inputs {
   const float *student, *teacher, *uncond, *fake, *sample, *noisy;
 };
 
+template <bool from_outputs>
+TDM_FAST_INLINE void prefetch(const Inputs& in, int64_t i) {
+  prefetch_input(in.student + i);
+  prefetch_input(in.teacher + i);
+  prefetch_input(in.uncond + i);
+  prefetch_input(in.fake + i);
+  if constexpr (from_outputs) {
+    prefetch_input(in.sample + i);
+    prefetch_input(in.noisy + i);
+  }
+}
+
 template <bool huber, bool from_outputs, class V>
 TDM_FAST_INLINE LossTerm<V> term(const Inputs& in, int64_t i, const Factors<V>& f) {
   const V student = at<V>(in.student, i), fake = at<V>(in.fake, i);
@@ -42,6 +54,7 @@ static void block_sums(const Inputs& in, float* residual, int64_t n, const Facto
   for_each_element(
       n,
       [&](int64_t i) {
+        if (i % 16 == 0) prefetch<from_outputs>(in, i);
         const LossTerm<Vec> v = term<huber, from_outputs, Vec>(in, i, wide);
         distance += v.distance;
         value += v.value;

@@ -14,16 +14,17 @@ _INFINITY = float("inf")
 
 def same_latents(like: str, reference: Tensor, **others: Tensor) -> None:
     """Raise ValueError unless all are latents `[B, ...]` of one shape, on one device, of a floating dtype."""
-    for name, tensor in {like: reference, **others}.items():
-        if reference.ndim < 1 or tensor.shape != reference.shape:
+    shape, device = reference.shape, reference.device
+    for name, tensor in ((like, reference), *others.items()):
+        if not shape or tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and {like} {tuple(reference.shape)}; both must be latents"
+                f"{name} has shape {tuple(tensor.shape)} and {like} {tuple(shape)}; both must be latents"
                 " [B, ...] of one shape"
             )
         if tensor.dtype not in LATENT_DTYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}; latents are float32, bfloat16, float16 or float64")
-        if tensor.device != reference.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on {like}'s device, {reference.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {like}'s device, {device}")
 
 
 def one_per_sample(name: str, values: Tensor, latents: Tensor, *, integer: bool = False) -> None:
@@ -107,7 +108,11 @@ def detached(tensor: Tensor) -> Tensor:
 
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether a backward can come to one of `tensors`."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def float_vector(values: Tensor) -> Tensor:

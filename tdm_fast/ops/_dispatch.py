@@ -25,6 +25,7 @@ ENVIRONMENT = "TDM_FAST_BACKEND"
 NO_CUDA_DEVICE = "there is no CUDA device"
 INSTALL_COMMANDS = {**native.BUILD_COMMANDS, "triton": "pip install triton"}
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _implementations: dict[str, Mapping[str, Callable[..., Any]]] = {}
 
 
@@ -107,17 +108,24 @@ def select(op: str, backend: str, *latents: Tensor) -> Callable[..., Any]:
 
     Only the definition computes in float64; choosing it quietly is no loss of speed anyone asked for.
     """
-    if any(tensor.dtype == torch.float64 for tensor in latents):
-        return _implementations[op]["torch"]
+    for tensor in latents:
+        if tensor.dtype == torch.float64:
+            return _implementations[op]["torch"]
     return _implementations[op][choose(op, latents[0].device.type, backend)]
+
+
+def is_traced() -> bool:
+    """Whether something traces or transforms all that is done now, whatever the tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def is_plain_eager(latents: Tensor) -> bool:
     """Whether nothing traces or transforms what is done to `latents`: then an op's function may be called directly."""
-    if torch.compiler.is_compiling():
-        return False
-    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
-    return not watched and type(latents) in (Tensor, torch.nn.Parameter)
+    return type(latents) in _PLAIN and not is_traced()
 
 
 def _hint(backend: str) -> str:

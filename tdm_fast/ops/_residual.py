@@ -71,7 +71,8 @@ def _triton(residual: Tensor, scale: Tensor, grad_output: Tensor, dtype: torch.d
 
 def as_grad(grad_output: Tensor) -> Tensor:
     """A loss's upstream gradient as the kernels read it: float32, a scalar or rows."""
-    grad_output = grad_output.to(torch.float32)
+    if grad_output.dtype != torch.float32:
+        grad_output = grad_output.to(torch.float32)
     return grad_output if grad_output.ndim == 0 else as_rows(grad_output)
 
 
@@ -111,35 +112,71 @@ def loss(op: Callable[..., LossOutputs], run: Callable[..., LossOutputs], with_g
         value, _, _ = op(*inputs)
         return value
     if with_gradient:
-        return _Loss.apply(run, *inputs)
+        return _Loss.apply(inputs[0], None, run, inputs)
+    value, _, _ = run(*inputs)
+    return value
+
+
+def loss_of_difference(
+    op: Callable[..., LossOutputs], run: Callable[..., LossOutputs], with_gradient: bool, *inputs: Any
+) -> Tensor:
+    """As `loss`, of an op whose second latents get the first's gradient with the other sign."""
+    if not (_dispatch.is_plain_eager(inputs[0]) and _dispatch.is_plain_eager(inputs[1])):
+        value, _, _ = op(*inputs)
+        return value
+    if with_gradient:
+        return _Loss.apply(inputs[0], inputs[1], run, inputs)
     value, _, _ = run(*inputs)
     return value
 
 
 class _Loss(torch.autograd.Function):
-    """`loss` outside tracing; the op's own gradient is the pair of functions below."""
+    """`loss` outside tracing; the op's own gradient is the pair of functions below.
+
+    The tensors that get a gradient stand alone: each further argument of a Function costs time.
+    """
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., LossOutputs], *inputs: Any) -> Tensor:
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor | None, run: Callable[..., LossOutputs], inputs: tuple[Any, ...]
+    ) -> Tensor:
         value, residual, scale = run(*inputs)
         ctx.save_for_backward(residual, scale)
-        ctx.dtype, ctx.backend, ctx.others = inputs[0].dtype, inputs[-1], len(inputs) - 1
+        ctx.dtypes = first.dtype, None if second is None else second.dtype
+        ctx.backend = inputs[-1]
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        residual, scale = ctx.saved_tensors
-        return None, _gradient(residual, scale, grad_loss, ctx.dtype, ctx.backend), *[None] * ctx.others
+        if torch.is_grad_enabled():  # by create_graph
+            return _backward_once(ctx, grad_loss)
+        return _both_gradients(ctx, grad_loss)
 
 
-def _gradient(residual: Tensor, scale: Tensor, grad_loss: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """The gradient in a backward that nothing traces; in the residual's own memory if this backward is the last."""
+def _both_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    residual, scale = ctx.saved_tensors
+    to_first, to_second, *_ = ctx.needs_input_grad
+    first = second = None
+    if to_second:
+        second = _gradient(residual, -scale, grad_loss, ctx.dtypes[1], ctx.backend, is_last=not to_first)
+    if to_first:
+        first = _gradient(residual, scale, grad_loss, ctx.dtypes[0], ctx.backend, is_last=True)
+    return first, second, None, None
+
+
+# What makes a second differentiation an error, and is not free.
+_backward_once = once_differentiable(_both_gradients)
+
+
+def _gradient(
+    residual: Tensor, scale: Tensor, grad_loss: Tensor, dtype: torch.dtype, backend: str, is_last: bool
+) -> Tensor:
+    """The gradient in a backward that nothing traces; in the residual's own memory if nobody needs that afterwards."""
     if not _dispatch.is_plain_eager(residual):
         return scale_gradient(residual, scale, grad_loss, dtype, backend)
     # The graph is kept exactly where a second backward may come (as torch's own compiled backwards ask).
-    is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
-    if is_last and residual.dtype == dtype and _chosen(scale, backend) == "cpp":
+    is_last = is_last and residual.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if is_last and _chosen(scale, backend) == "cpp":
         torch.ops.tdm_fast_cpu.scale_gradient_(residual, scale, as_grad(grad_loss))
         return residual
     return _run_scale_gradient(residual, scale, grad_loss, dtype, backend)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdm_fast.ops import _dispatch
-from tdm_fast.ops._checks import in_tables, one_per_sample, same_latents, schedule_on
+from tdm_fast.ops._checks import in_tables, one_per_sample, same_latents, schedule_on, wants_gradient
 from tdm_fast.ops._rows import as_rows
 from tdm_fast.schedule import Schedule, compute_dtype, per_sample
 
@@ -36,7 +36,13 @@ def ode_step(
     one_per_sample("t_next", t_next, sample, integer=True)
     here = schedule_on(schedule, sample)
     tables = (here.a, here.b, here.c, here.d, here.alpha, here.sigma)
-    return _ode_step(sample, model_output, *tables, t, t_next, _dispatch.check_backend(backend))
+    inputs = (sample, model_output, *tables, t, t_next, _dispatch.check_backend(backend))
+    # A tracer needs the custom op, whose layers of Python cost more than the kernel does at the latents of images.
+    if not (_dispatch.is_plain_eager(sample) and _dispatch.is_plain_eager(model_output)):
+        return _ode_step(*inputs)
+    if wants_gradient(sample, model_output):
+        return _Step.apply(sample, model_output, inputs)
+    return _run_ode_step(*inputs)
 
 
 def _scales(
@@ -79,8 +85,7 @@ def _triton(*tensors: Tensor) -> Tensor:
 _dispatch.register("ode_step", {"torch": _definition, "cpp": _cpp, "cuda": _cuda, "triton": _triton})
 
 
-@torch.library.custom_op("tdm_fast::ode_step", mutates_args=())
-def _ode_step(
+def _run_ode_step(
     sample: Tensor,
     model_output: Tensor,
     a: Tensor,
@@ -99,6 +104,9 @@ def _ode_step(
     return run(sample, model_output, a, b, c, d, alpha, sigma, t, t_next)
 
 
+_ode_step = torch.library.custom_op("tdm_fast::ode_step", _run_ode_step, mutates_args=())
+
+
 @_ode_step.register_fake
 def _(sample: Tensor, model_output: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(sample, memory_format=torch.contiguous_format)
@@ -107,7 +115,7 @@ def _(sample: Tensor, model_output: Tensor, *others: Any) -> Tensor:
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     sample, model_output = inputs[:2]
     ctx.save_for_backward(*inputs[2:10])
-    ctx.dtypes = sample.dtype, model_output.dtype
+    ctx.dtypes, ctx.backend = (sample.dtype, model_output.dtype), inputs[-1]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,3 +131,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _ode_step.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _Step(torch.autograd.Function):
+    """`ode_step` outside tracing."""
+
+    @staticmethod
+    def forward(ctx: Any, sample: Tensor, model_output: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+        _save_for_backward(ctx, inputs, sample)
+        return _run_ode_step(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        traced = torch.is_grad_enabled() or not _dispatch.is_plain_eager(grad)
+        if traced or _dispatch.choose("ode_step", grad.device.type, ctx.backend) != "cpp":
+            return *_backward(ctx, grad)[:2], None
+        return *_native_backward(ctx, grad), None
+
+
+def _native_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """One pass that reads grad once and writes both gradients; not differentiable."""
+    tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
+    if torch.float64 in ctx.dtypes:
+        return _backward(ctx, grad)[:2]  # type: ignore[return-value]
+    values = (value.contiguous() for value in tensors)
+    both = torch.ops.tdm_fast_cpu.ode_step_backward(as_rows(grad), *values, *ctx.dtypes, *needed[:2])
+    return both[0] if needed[0] else None, both[1] if needed[1] else None

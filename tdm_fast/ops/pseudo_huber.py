@@ -48,9 +48,9 @@ def pseudo_huber(
         weight = weight.detach()
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum', 'none' or 'per_sample'")
-    options = (c, weight, reduction, wants_gradient(input, target), _dispatch.check_backend(backend))
-    value, _, _ = _pseudo_huber(input, target, *options)
-    return value
+    gradient = wants_gradient(input, target)
+    inputs = (input, target, c, weight, reduction, gradient, _dispatch.check_backend(backend))
+    return _residual.loss_of_difference(_pseudo_huber, _run_pseudo_huber, gradient, *inputs)
 
 
 def _stored(input: Tensor, target: Tensor) -> torch.dtype:
@@ -100,12 +100,14 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 _dispatch.register("pseudo_huber", {"torch": _definition, "cpp": _cpp, "cuda": _cuda, "triton": _triton})
 
 
-@torch.library.custom_op("tdm_fast::pseudo_huber", mutates_args=())
-def _pseudo_huber(
+def _run_pseudo_huber(
     input: Tensor, target: Tensor, c: float, weight: Tensor | None, reduction: str, with_gradient: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = _dispatch.select("pseudo_huber", backend, input, target)
     return run(input, target, c, weight, reduction, with_gradient)
+
+
+_pseudo_huber = torch.library.custom_op("tdm_fast::pseudo_huber", _run_pseudo_huber, mutates_args=())
 
 
 @_pseudo_huber.register_fake

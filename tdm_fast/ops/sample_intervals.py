@@ -6,7 +6,7 @@ import functools
 import importlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from tdm_fast.ops._checks import counter
 from tdm_fast.philox import Purpose, bounded, check_stream, random_integers
 from tdm_fast.schedule import Schedule
 
+Intervals = tuple[Tensor, Tensor, Tensor, Tensor]
+"""`(k, t_gen, t_mid, t)`, int64 `[B]` each."""
 MAX_NODES = 256
 """Longest trajectory that the kernels take, whose arguments hold it; longer ones run the definition."""
 
@@ -108,11 +110,41 @@ def _check_schedule(schedule: Schedule, total_steps: int, highest: int, margin: 
         )
 
 
-@functools.lru_cache(maxsize=64)
-def _checked_nodes(num_steps: int, total_steps: int, nodes: tuple[int, ...] | None, *options: Any) -> list[int]:
-    """What `check_intervals` returns, remembered: a training run asks the same thing twice per iteration."""
+class Settings(NamedTuple):
+    """What stays the same from draw to draw, checked, and once more as the kernels read it."""
+
+    nodes: list[int]
+    total_steps: int
+    stream: int
+    separate: bool
+    randmid: bool
+    min_timestep: int
+    margin: int
+    mid_gap: int
+    packed: Tensor
+    """int64 on the CPU, whatever the device: one argument in place of eight that each have to be unpacked."""
+
+
+def _settings(num_steps: int, total_steps: int, nodes: tuple[int, ...] | None, stream: int, *options: Any) -> Settings:
+    trajectory = _checked(num_steps, total_steps, nodes, stream, *options)
+    separate, randmid, min_timestep, margin, mid_gap = options
+    numbers = [stream, total_steps, int(separate), int(randmid), min_timestep, margin, mid_gap, *trajectory]
+    packed = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return Settings(trajectory, total_steps, stream, separate, randmid, min_timestep, margin, mid_gap, packed)
+
+
+def _checked(num_steps: int, total_steps: int, nodes: tuple[int, ...] | None, stream: int, *options: Any) -> list[int]:
     names = ("separate", "randmid", "min_timestep", "margin", "mid_gap")
-    return check_intervals(num_steps, total_steps, nodes=nodes, **dict(zip(names, options, strict=True)))
+    trajectory = check_intervals(num_steps, total_steps, nodes=nodes, **dict(zip(names, options, strict=True)))
+    check_stream(stream)
+    return trajectory
+
+
+# A training run asks the same thing twice per iteration. Typed, because 4.0 is equal to 4 and no number of steps.
+_settings_of = functools.lru_cache(maxsize=64, typed=True)(_settings)
+_HALF = 1 << 63
+_CPU = torch.device("cpu")
+_ON_CPU = torch.empty(0, dtype=torch.int64, device=_CPU)
 
 
 def sample_intervals(
@@ -145,78 +177,74 @@ def sample_intervals(
     "triton", "torch". Raises ValueError as `check_intervals` does, for a negative `batch_size`, and for a backend that
     cannot run here.
     """
-    options = (separate, randmid, min_timestep, margin, mid_gap)
-    # torch.compile looks through the cache, with a warning, and then keeps the result in its graph itself.
-    checked = _checked_nodes.__wrapped__ if torch.compiler.is_compiling() else _checked_nodes
-    trajectory = checked(num_steps, total_steps, None if nodes is None else tuple(nodes), *options)
     if batch_size < 0:
         raise ValueError(f"batch_size is {batch_size}; it must be 0 or more")
-    check_stream(stream)
-    device = torch.device(device)
-    seed_tensor, seed = counter("seed", seed, device)
-    iteration_tensor, iteration = counter("iteration", iteration, device)
-    draw = (seed_tensor, iteration_tensor, seed, iteration, trajectory, total_steps, stream, sample_offset, *options)
+    if nodes is not None:
+        nodes = tuple(nodes)
     backend = _dispatch.check_backend(backend)
+    device = _CPU if device == "cpu" else torch.device(device)
+    seed_tensor = iteration_tensor = None
+    # Nearly always a plain int, whose check is not worth a call.
+    if type(seed) is not int or not -_HALF <= seed < _HALF:
+        seed_tensor, seed = counter("seed", seed, device)
+    if type(iteration) is not int or not -_HALF <= iteration < _HALF:
+        iteration_tensor, iteration = counter("iteration", iteration, device)
+    options = (num_steps, total_steps, nodes, stream, separate, randmid, min_timestep, margin, mid_gap)
+    draw = (seed_tensor, iteration_tensor, seed, iteration, batch_size, sample_offset)
     # A tracer needs the custom op; it alone costs as much as everything else here, and nothing is differentiable.
-    if torch.compiler.is_compiling() or not _dispatch.is_plain_eager(out := _empty(batch_size, device)):
-        out = _sample_intervals(batch_size, *draw, device, backend)
+    if _dispatch.is_traced():
+        trajectory = _checked(*options)
+        out = _sample_intervals(*draw, num_steps, total_steps, trajectory, *options[3:], device, backend)
+        k, t_gen, t_mid, t = out.unbind(0)
+        return k, t_gen, t_mid, t
+    return _draw(device, backend, options, *draw)
+
+
+def _draw(device: torch.device, backend: str, options: tuple[Any, ...], *draw: Any) -> Intervals:
+    settings = _settings_of(*options)
+    if device is _CPU:
+        kind, like = "cpu", _ON_CPU
     else:
-        _fill(out, backend, *draw)
-    k, t_gen, t_mid, t = out.unbind(0)
-    return k, t_gen, t_mid, t
+        kind, like = device.type, torch.empty(0, dtype=torch.int64, device=device)
+    chosen = _dispatch.choose("sample_intervals", kind, backend) if len(settings.nodes) <= MAX_NODES else "torch"
+    return _dispatch.implementation("sample_intervals", chosen)(like, settings, *draw)
 
 
 def _definition(
-    out: Tensor,
+    like: Tensor,
+    settings: Settings,
     seed_tensor: Tensor | None,
     iteration_tensor: Tensor | None,
     seed: int,
     iteration: int,
-    nodes: list[int],
-    total_steps: int,
-    stream: int,
+    batch_size: int,
     sample_offset: int,
-    separate: bool,
-    randmid: bool,
-    min_timestep: int,
-    margin: int,
-    mid_gap: int,
-) -> None:
+) -> Intervals:
     words = random_integers(
         (4,),
-        out.shape[1],
+        batch_size,
         seed=seed if seed_tensor is None else seed_tensor,
         iteration=iteration if iteration_tensor is None else iteration_tensor,
-        stream=stream,
+        stream=settings.stream,
         purpose=Purpose.INTERVALS,
         sample_offset=sample_offset,
-        device=out.device,
+        device=like.device,
     )
-    k = 1 + bounded(words[:, 0], len(nodes))
-    options = (separate, randmid, min_timestep, margin, mid_gap)
-    torch.stack((k, *_at_steps(k, words, nodes, total_steps, *options)), out=out)
+    k = 1 + bounded(words[:, 0], len(settings.nodes))
+    return k, *_at_steps(k, words, settings)
 
 
-def _at_steps(
-    k: Tensor,
-    words: Tensor,
-    nodes: list[int],
-    total_steps: int,
-    separate: bool,
-    randmid: bool,
-    min_timestep: int,
-    margin: int,
-    mid_gap: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _at_steps(k: Tensor, words: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    nodes = settings.nodes
     # Selecting among constants instead of indexing a table: a table would have to be copied to the device first.
     t_gen, t_mid = torch.zeros_like(k), torch.zeros_like(k)
     for step, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
         t_gen = torch.where(k == step, node, t_gen)
         t_mid = torch.where(k == step + 1, node + 1, t_mid)
-    if randmid:
-        t_mid = t_mid + bounded(words[:, 1], t_gen - mid_gap - t_mid)
-    low = t_mid.clamp(min=min_timestep)
-    high = t_gen - margin if separate else torch.full_like(t_gen, total_steps - margin)
+    if settings.randmid:
+        t_mid = t_mid + bounded(words[:, 1], t_gen - settings.mid_gap - t_mid)
+    low = t_mid.clamp(min=settings.min_timestep)
+    high = (t_gen if settings.separate else torch.full_like(t_gen, settings.total_steps)) - settings.margin
     return t_gen, t_mid, low + bounded(words[:, 2], high - low)
 
 
@@ -243,8 +271,8 @@ def intervals_at(
     """
     if k.ndim != 1 or k.dtype != torch.int64:
         raise ValueError(f"k is {k.dtype} of shape {tuple(k.shape)}; it must be int64 [B], one step per sample")
-    options = (separate, randmid, min_timestep, margin, mid_gap)
-    trajectory = _checked_nodes(num_steps, total_steps, None if nodes is None else tuple(nodes), *options)
+    given = None if nodes is None else tuple(nodes)
+    settings = _settings_of(num_steps, total_steps, given, stream, separate, randmid, min_timestep, margin, mid_gap)
     words = random_integers(
         (4,),
         len(k),
@@ -255,54 +283,40 @@ def intervals_at(
         sample_offset=sample_offset,
         device=k.device,
     )
-    return _at_steps(k, words, trajectory, total_steps, *options)
+    return _at_steps(k, words, settings)
 
 
-def _cpp(*arguments: Any) -> None:
-    torch.ops.tdm_fast_cpu.sample_intervals(*arguments)
+def _cpp(like: Tensor, settings: Settings, *draw: Any) -> Intervals:
+    drawn: Intervals = torch.ops.tdm_fast_cpu.sample_intervals(like, settings.packed, *draw)
+    return drawn
 
 
-def _cuda(*arguments: Any) -> None:
-    torch.ops.tdm_fast_cuda.sample_intervals(*arguments)
+def _cuda(like: Tensor, settings: Settings, *draw: Any) -> Intervals:
+    drawn: Intervals = torch.ops.tdm_fast_cuda.sample_intervals(like, settings.packed, *draw)
+    return drawn
 
 
-def _triton(*arguments: Any) -> None:
-    importlib.import_module("tdm_fast.kernels.sample_intervals").sample_intervals(*arguments)
+def _triton(like: Tensor, settings: Settings, *draw: Any) -> Intervals:
+    module = importlib.import_module("tdm_fast.kernels.sample_intervals")
+    drawn: Intervals = module.sample_intervals(like, *settings[:-1], *draw)
+    return drawn
 
 
 _dispatch.register("sample_intervals", {"torch": _definition, "cpp": _cpp, "cuda": _cuda, "triton": _triton})
 
 
-def _empty(batch_size: int, device: torch.device) -> Tensor:
-    return torch.empty((4, batch_size), dtype=torch.int64, device=device)
-
-
-def _fill(
-    out: Tensor,
-    backend: str,
-    seed_tensor: Tensor | None,
-    iteration_tensor: Tensor | None,
-    seed: int,
-    iteration: int,
-    nodes: list[int],
-    *others: Any,
-) -> None:
-    chosen = _dispatch.choose("sample_intervals", out.device.type, backend) if len(nodes) <= MAX_NODES else "torch"
-    run = _dispatch.implementation("sample_intervals", chosen)
-    run(out, seed_tensor, iteration_tensor, seed, iteration, nodes, *others)
-
-
 @torch.library.custom_op("tdm_fast::sample_intervals", mutates_args=())
 def _sample_intervals(
-    batch_size: int,
     seed_tensor: Tensor | None,
     iteration_tensor: Tensor | None,
     seed: int,
     iteration: int,
-    nodes: list[int],
-    total_steps: int,
-    stream: int,
+    batch_size: int,
     sample_offset: int,
+    num_steps: int,
+    total_steps: int,
+    nodes: list[int],
+    stream: int,
     separate: bool,
     randmid: bool,
     min_timestep: int,
@@ -311,13 +325,18 @@ def _sample_intervals(
     device: torch.device,
     backend: str,
 ) -> Tensor:
-    out = _empty(batch_size, device)
-    options = (separate, randmid, min_timestep, margin, mid_gap)
-    draw = (seed_tensor, iteration_tensor, seed, iteration, nodes, total_steps, stream, sample_offset, *options)
-    _fill(out, backend, *draw)
-    return out
+    options = (num_steps, total_steps, tuple(nodes), stream, separate, randmid, min_timestep, margin, mid_gap)
+    draw = (seed_tensor, iteration_tensor, seed, iteration, batch_size, sample_offset)
+    return torch.stack(_draw(device, backend, options, *draw))
 
 
 @_sample_intervals.register_fake
-def _(batch_size: int, *others: Any) -> Tensor:
-    return _empty(batch_size, others[-2])
+def _(
+    seed_tensor: Tensor | None,
+    iteration_tensor: Tensor | None,
+    seed: int,
+    iteration: int,
+    batch_size: int,
+    *others: Any,
+) -> Tensor:
+    return torch.empty((4, batch_size), dtype=torch.int64, device=others[-2])

@@ -52,11 +52,10 @@ def tdm_loss(
     one of "cpp", "cuda", "triton", "torch". Raises ValueError for shapes, dtypes or devices that differ, a `huber_c`
     that is not above 0 or not finite and a backend that cannot run here.
     """
-    others = {"x0_teacher": x0_teacher, "x0_uncond": x0_uncond, "x0_fake": x0_fake}
-    same_latents("x0", x0, **others)
+    same_latents("x0", x0, x0_teacher=x0_teacher, x0_uncond=x0_uncond, x0_fake=x0_fake)
     if huber_c is not None:
         finite_positive("huber_c", huber_c)
-    scores = (detached(other) for other in others.values())
+    scores = detached(x0_teacher), detached(x0_uncond), detached(x0_fake)
     gradient = wants_gradient(x0)
     inputs = (x0, *scores, *guidance(cfg, x0), huber_c, gradient, _dispatch.check_backend(backend))
     return _residual.loss(_tdm_loss, _run_tdm_loss, gradient, *inputs)
