@@ -59,7 +59,7 @@ def _network(layers: int, heads: int, head_dim: int, caption: int) -> dict[str, 
 MODELS = {
     # The sizes of the bundled teacher.
     "tiny": Model("tiny", {**_network(6, 4, 24, 64), "sparse_n": 2}, (8, 5, 8, 8), 7, 24),
-    "50m": Model("50m", _network(13, 10, 48, 1024), (8, 5, 16, 16), 64, 4),
+    "50m": Model("50m", _network(13, 10, 48, 1024), (8, 5, 16, 16), 64, 2),
     "2b": Model("2b", _network(32, 24, 96, 4096), (8, 8, 60, 80), 512, 1),
     "2b-93x640x640": Model("2b-93x640x640", _network(32, 24, 96, 4096), (8, 24, 80, 80), 512, 1),
 }
