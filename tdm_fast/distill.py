@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from tdm_fast.models.denoiser import Conditioning, Denoiser
+from tdm_fast.models.denoiser import Conditioning, Denoiser, Roles
 from tdm_fast.ops.fake_score_loss import fake_score_loss_from_outputs
 from tdm_fast.ops.ode_step import ode_step
 from tdm_fast.ops.renoise import renoise
@@ -162,14 +162,6 @@ class TDMConfig:
             mid_gap=self.mid_gap,
             schedule=schedule,
         )
-
-
-class Roles(NamedTuple):
-    """Three networks on one schedule. The student's and the fake score's parameters train, the teacher's do not."""
-
-    student: Denoiser
-    teacher: Denoiser
-    fake: Denoiser
 
 
 class Intervals(NamedTuple):
@@ -455,3 +447,9 @@ def student_loss(
         cfg=config.cfg,
         huber_c=config.huber_c if config.use_huber else None,
     )
+
+
+def rolled_samples(config: TDMConfig, draws: Draws) -> int:
+    """Samples in all calls of the rollout that these draws need, without those of calls that other ranks need."""
+    steps = zip(draws.student.steps, *(intervals.steps for intervals in draws.fake), strict=True)
+    return sum(config.num_steps + 1 - _last_step(config, k, k_fake) for k, *k_fake in steps)

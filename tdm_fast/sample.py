@@ -71,15 +71,16 @@ def generate(
     """Clips of the cached prompts at `indices`, in chunks `[b, T, 3, H, W]`.
 
     Clip n's noise is a function of (seed, n) alone, so two models given the same seed start from the same noise, and
-    the chunk size does not matter.
+    the chunk size does not matter. Computed on the pipeline's device, returned as float32 on the CPU.
     """
+    device = pipeline.device
     for offset in range(0, len(indices), batch_size):
         chunk = indices[offset : offset + batch_size]
-        noise = randn(len(chunk), pipeline.latent_shape, seed=seed, sample_offset=offset)
-        negative = cache.negatives(len(chunk))
-        latents = sample_latents(pipeline.denoiser, noise, timesteps, cache.batch(chunk), negative, guidance)
+        noise = randn(len(chunk), pipeline.latent_shape, seed=seed, sample_offset=offset, device=device)
+        negative, conditioning = cache.negatives(len(chunk)).to(device), cache.batch(chunk).to(device)
+        latents = sample_latents(pipeline.denoiser, noise, timesteps, conditioning, negative, guidance)
         with torch.no_grad():
-            clips = pipeline.vae.decode(latents)
+            clips = pipeline.vae.decode(latents).float().cpu()
         yield clips  # outside of the block, which would otherwise hold for the caller as well
 
 

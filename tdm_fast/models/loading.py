@@ -63,6 +63,34 @@ class Pipeline:
         return (config.in_channels, config.sample_size_t, config.sample_size_h, config.sample_size_w)
 
     @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Move the networks to a device; returns itself."""
+        for network in (self.denoiser, self.vae, self.text_encoder):
+            network.to(device)
+        return self
+
+    def latents_of(self, size: str) -> tuple[int, ...]:
+        """`(C, T, H, W)` of the latents of videos of `size`, frames x height x width such as 17x64x64.
+
+        Raises ValueError, with the nearest sizes that would do, for one that VAE and patches do not divide.
+        """
+        frames, height, width = (int(number) for number in size.split("x"))
+        config: Any = self.denoiser.model.config
+        stride, unit = self.vae.vae.temporal_stride, SPATIAL_STRIDE * config.patch_size
+        if (frames - 1) % stride or height % unit or width % unit:
+            fitting = [max(1, round((frames - 1) / stride)) * stride + 1 if frames > 1 else 1]
+            fitting += [max(1, round(side / unit)) * unit for side in (height, width)]
+            raise ValueError(
+                f"--video_sizes {size}: frames come as 1 + n·{stride}, height and width in multiples of {unit}; the"
+                f" nearest that fits is {'x'.join(map(str, fitting))}"
+            )
+        latents = ((frames - 1) // stride + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+        return (config.in_channels, *latents)
+
+    @property
     def video_shape(self) -> tuple[int, int, int]:
         """`(T, H, W)` of the videos that the VAE makes of such latents, in frames and pixels."""
         _, frames, height, width = self.latent_shape
