@@ -3,16 +3,15 @@
 Every rung makes the same iterations from the same draws: of K = 4 steps there are 16 pairs of (k of the student update,
 k of the fake update), whose rollouts take 2.75 steps on average. Measured are four of them, whose k of the student
 update are 1 to 4 and whose rollouts take 2.75 steps on average as well, so that no average is a matter of luck; with a
-shared index it is each k once. Rungs take turns, iteration by iteration, because a machine's speed drifts. The reference is tdm_fast/reference.py with torch's own AdamW and eager blocks; no improvement of ours is
-in it, and nothing in it is slower than it has to be: its attention, dtype, threads and layers are the same.
+shared index it is each k once. Rungs take turns, iteration by iteration, because a machine's speed drifts. The
+reference is tdm_fast/reference.py with torch's own AdamW and eager blocks; no improvement of ours is in it, and nothing
+in it is slower than it has to be: its attention, dtype, threads and layers are the same.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdm_fast import distill, reference
 from tdm_fast.config import NetworksConfig, OptimiserConfig, TrainConfig
-from tdm_fast.distill import Roles, TDMConfig
+from tdm_fast.distill import TDMConfig
 from tdm_fast.memory import TensorMemory
 from tdm_fast.models import OpenSoraT2V_v1_3
 from tdm_fast.models.denoiser import Denoiser

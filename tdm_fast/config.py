@@ -108,7 +108,8 @@ class RunConfig:
     num_eval_videos: int = 576
     """Videos behind the student's numbers at the end; 0 leaves the evaluation out."""
     video_sizes: tuple[str, ...] = ()
-    """Sizes to mix, as frames × height × width such as 17x64x64, one drawn per batch; the teacher's own if none is named."""
+    """Sizes to mix, as frames × height × width such as 17x64x64, one drawn per batch; the teacher's own
+    if none is named."""
     lora_save: Literal["merged", "adapter"] = "merged"
     """What the student's folder holds with `lora` roles: merged weights, or the teacher's and the adapter beside them;
     the adapter's file is there either way."""

@@ -14,6 +14,6 @@ def draw_prompts(num_prompts: int, batch_size: int, *, seed: int, iteration: int
 
 
 def draw_size(num_sizes: int, *, seed: int, iteration: int) -> int:
-    """Index in [0, num_sizes) of the iteration's size, uniform: a function of (seed, iteration), the same on all ranks."""
+    """Index in [0, num_sizes) of the iteration's size, uniform: a function of (seed, iteration), on all ranks alike."""
     word = random_integers((1,), 1, seed=seed, iteration=iteration, stream=1, purpose=Purpose.DATA)
     return int(bounded(word[0, 0], num_sizes))

@@ -33,7 +33,7 @@ CheckpointingKind = Literal["none", "block", "selective"]
 
 _aten = torch.ops.aten
 KEPT = frozenset(
-    getattr(getattr(_aten, name), "default")
+    getattr(_aten, name).default
     for name in (
         "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from tdm_fast.memory import (
     refuse_if_too_large,
 )
 from tdm_fast.metering import Cost, count_operations
-from tdm_fast.models.denoiser import Conditioning, Denoiser
+from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.roles import make_networks, tell
 from tdm_fast.philox import randn
 from tdm_fast.step import Batch, make_batch, make_state, update
@@ -40,7 +41,7 @@ class Costs(NamedTuple):
 
 
 def measure_costs(config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes) -> list[Costs]:
-    """Of each size of latents `(C, T, H, W)`, with the longest prompt; counted on fake networks, nothing is computed."""
+    """Of each size of latents `(C, T, H, W)`, with the longest prompt; counted on fake networks, not computed."""
     longest = max(range(len(cache)), key=lambda index: len(cache.embeddings[index]))
     device = next(teacher.parameters()).device
     conditioning, t = cache.batch([longest]).to(device), torch.zeros(1, dtype=torch.int64, device=device)
@@ -103,15 +104,15 @@ def estimate_run(config: TrainConfig, teacher: Denoiser, cache: PromptCache, sha
     return estimate(lambda: make_state(copy.deepcopy(teacher), eager), step, device=device)
 
 
-def refuse_what_cannot_fit(
-    config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes
-) -> Estimate:
+def refuse_what_cannot_fit(config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes) -> Estimate:
     """The estimate of a run. Raises ValueError, with what would fit, for one that the device has no memory for."""
     expected = estimate_run(config, teacher, cache, shapes)
     size = config.optimiser.train_batch_size
     assert isinstance(size, int)
     wishes: list[dict[str, Any]] = [{"activation_checkpointing": "block"}]
-    wishes += [{"activation_checkpointing": "block", "train_batch_size": size // part} for part in (2, 4) if size >= part]
+    wishes += [
+        {"activation_checkpointing": "block", "train_batch_size": size // part} for part in (2, 4) if size >= part
+    ]
     wishes += [{"roles": "lora"}, {"roles": "lora", "activation_checkpointing": "block", "train_batch_size": 1}]
 
     def alternative(flags: Mapping[str, Any]) -> tuple[str, Callable[[], Estimate]]:
@@ -149,7 +150,7 @@ def with_batch_size(
         tried = with_flags(candidate(size, checkpointing), compile="off")
         state = make_state(copy.deepcopy(teacher), tried)
         for iteration in range(2):
-            update(state, largest_example(cache, tried, shapes, device, iteration), tried, nothing)
+            update(state, largest_example(cache, tried, shapes, device, iteration), tried, nullcontext)
 
     if device.type == "cuda":
         fits = fits_by_trial(trial, device)

@@ -137,7 +137,7 @@ def make_optimizer(parameters: Sequence[Tensor], rate: float, config: OptimiserC
     if not config.use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **options)
     try:
-        from torchao.optim import AdamW8bit
+        from torchao.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ValueError("--use_8bit_adam needs torchao: pip install torchao") from error
     return AdamW8bit(parameters, **options)
@@ -198,7 +198,7 @@ def update(state: State, batch: Batch, config: TrainConfig, phase: Phase) -> dic
     Returns what it says of itself, scalars on the device. Its parts run inside `phase("rollout")` and the like.
     """
     iteration, optimiser, roles, device = state.iteration, config.optimiser, state.networks.roles, state.device
-    tdm, prompts, conditioning, unconditional, latents, draws = batch
+    tdm, _, conditioning, unconditional, latents, draws = batch
 
     def computing() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device))

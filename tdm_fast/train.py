@@ -152,7 +152,9 @@ def adopt(student: Pipeline, state: State, config: TrainConfig) -> None:
 class Watch:
     """What is seen of a run: `metrics.jsonl`, a board, the bar. All are told when `flush` reads the device."""
 
-    def __init__(self, config: TrainConfig, state: State, shapes: Sequence[tuple[int, ...]], costs: Costs) -> None:
+    def __init__(
+        self, config: TrainConfig, state: State, shapes: Sequence[tuple[int, ...]], costs: Sequence[Costs]
+    ) -> None:
         self.config, self.state, self.costs = config, state, dict(zip(shapes, costs, strict=True))
         self.log, self.timer = Log(), StepTimer(state.device)
         dtype = torch.bfloat16 if uses_bf16(config, state.device) else torch.float32
@@ -186,7 +188,7 @@ def loop(
     cache: PromptCache,
     student: Pipeline,
     shapes: Sequence[tuple[int, ...]],
-    costs: Costs,
+    costs: Sequence[Costs],
     mine: dict[str, Any],
     began: float,
 ) -> None:

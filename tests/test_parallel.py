@@ -39,7 +39,9 @@ def make_teacher(dtype: torch.dtype = torch.float32) -> OpenSoraDenoiser:
 
 def inputs(batch: int, length: int, masked: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(100 * batch + length)
-    tensors = {"encoder_hidden_states": torch.randn(batch, length, 8, generator=generator, dtype=torch.float64).to(dtype)}
+    tensors = {
+        "encoder_hidden_states": torch.randn(batch, length, 8, generator=generator, dtype=torch.float64).to(dtype)
+    }
     if masked:
         tensors["encoder_attention_mask"] = torch.ones(batch, length, dtype=torch.int64)
         tensors["encoder_attention_mask"][0, -1] = 0
@@ -59,7 +61,9 @@ def test_checkpointing_keeps_less_and_gives_the_same(kind: str) -> None:
     lean = copy.deepcopy(plain)
     names = [name for name, _ in lean.named_parameters()]
     apply_checkpointing(lean.model, kind)
-    assert names == [name for name, _ in lean.named_parameters()] and lean.state_dict().keys() == plain.state_dict().keys()
+    assert (
+        names == [name for name, _ in lean.named_parameters()] and lean.state_dict().keys() == plain.state_dict().keys()
+    )
     kept = {}
     for name, network in (("plain", plain), ("lean", lean)):
         sizes: list[int] = []
@@ -125,7 +129,8 @@ def test_blocks_that_inductor_compiled_round_as_well_as_eager_ones() -> None:
     compiled = copy.deepcopy(eager)
     compile_blocks(compiled.model)
     results = [
-        gradients(network, *inputs(2, 3, False, next(network.parameters()).dtype)) for network in (exact, eager, compiled)
+        gradients(network, *inputs(2, 3, False, next(network.parameters()).dtype))
+        for network in (exact, eager, compiled)
     ]
     for gold, plain, ours in zip(*([output, *grads] for output, grads in results), strict=True):
         scale = float(gold.abs().max())

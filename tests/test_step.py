@@ -127,7 +127,9 @@ def test_the_operations_of_an_iteration_are_what_is_counted(flags: dict[str, Any
 
     config = with_flags(config, train_batch_size=3, **flags)
     denoiser, cache, shapes = loaded(config)
-    cache = dataclasses.replace(cache, embeddings=tuple(row[:3] for row in cache.embeddings), negative=cache.embeddings[0][:3])
+    cache = dataclasses.replace(
+        cache, embeddings=tuple(row[:3] for row in cache.embeddings), negative=cache.embeddings[0][:3]
+    )
     costs = measure_costs(config, denoiser, cache, shapes)[0]
     state, batch = make_state(denoiser, config), make_batch(0, cache, config, shapes)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -135,9 +137,7 @@ def test_the_operations_of_an_iteration_are_what_is_counted(flags: dict[str, Any
     assert iteration_flops(costs, batch) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_a_run_that_cannot_fit_is_refused_with_what_would(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_cannot_fit_is_refused_with_what_would(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser, cache, shapes = loaded(config)
     least = estimate_run(with_flags(config, roles="lora", lora_rank=32), denoiser, cache, shapes).peak
     there = sum(parameter.nbytes for parameter in denoiser.parameters())
@@ -152,7 +152,9 @@ def test_auto_takes_the_largest_batch_that_fits_and_keeps_it(
 ) -> None:
     auto = with_flags(config, train_batch_size="auto", max_train_steps=2)
     denoiser, cache, shapes = loaded(config)
-    wanted = estimate_run(with_flags(config, train_batch_size=5, activation_checkpointing="block"), denoiser, cache, shapes)
+    wanted = estimate_run(
+        with_flags(config, train_batch_size=5, activation_checkpointing="block"), denoiser, cache, shapes
+    )
     there = sum(parameter.nbytes for parameter in denoiser.parameters())
     monkeypatch.setattr(sizing, "device_memory", lambda _: round(wanted.peak / 0.9) + 1 - there)
     train(auto)
@@ -213,7 +215,9 @@ def test_a_trace_of_some_iterations(config: TrainConfig) -> None:
 
 
 def test_networks_are_configured_by_flags() -> None:
-    config = parse_train("--roles lora --lora_rank 4 --activation_checkpointing block --compile on --device cpu".split())
+    config = parse_train(
+        "--roles lora --lora_rank 4 --activation_checkpointing block --compile on --device cpu".split()
+    )
     assert config.networks == NetworksConfig(
         roles="lora", lora_rank=4, activation_checkpointing="block", compile="on", device="cpu"
     )

@@ -404,9 +404,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_named(
     assert [(row["skipped_fake"], row["skipped_student"]) for row in log] == [(0, 0), (0, 0), (1, 1), (0, 0)]
     assert log[2]["samples"] == [0, 2] and len(log[2]["prompts"]) == 2 and log[2]["loss_student"] is None
     assert "iteration 3: update of fake and student skipped" in capsys.readouterr().err
-    before, after, last = (
-        load_checkpoint(config.run.output_dir / f"checkpoint-{step}")[0] for step in (2, 3, 4)
-    )
+    before, after, last = (load_checkpoint(config.run.output_dir / f"checkpoint-{step}")[0] for step in (2, 3, 4))
     for group in ("student", "fake", "ema", "student_optimizer", "fake_optimizer"):
         assert all(torch.equal(before[group][name], after[group][name]) for name in before[group]), group
         assert any(not torch.equal(after[group][name], last[group][name]) for name in before[group]), group
