@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -28,6 +29,13 @@ class AdapterLinear(nn.Linear):
 
     peft instead widens the input to an fp32 weight's dtype, which keeps an fp32 copy of every activation for backward.
     """
+
+    @classmethod
+    def like(cls, base: Tensor, weight: Tensor) -> AdapterLinear:
+        """With this weight, on `base`'s device, in its dtype or fp32: bf16 would round small updates away."""
+        linear = cls(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.to(base.device, torch.promote_types(base.dtype, torch.float32)))
+        return linear
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype))
@@ -60,21 +68,23 @@ class Adapters:
         self.active: str | None = None
         targets = block_linears(model)
         model.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
-            torch.manual_seed(seed)
             for name in names:
                 config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-                inject_adapter_in_model(config, model, name)
+                inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)  # empty: they are filled below
         self.layers: dict[str, Any] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
+        generator = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
             layer.cast_input_dtype_enabled = False
             layer._disable_adapters = True
-            for halves in (layer.lora_A, layer.lora_B):
-                for name in names:
-                    halves[name] = _in_input_dtype(halves[name], layer.weight.device)
+            for name in names:
+                down = torch.empty(rank, layer.in_features)
+                nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # peft's own
+                layer.lora_A[name] = AdapterLinear.like(layer.weight, down)
+                layer.lora_B[name] = AdapterLinear.like(layer.weight, torch.zeros(layer.out_features, rank))
         setattr(model, _ADAPTERS, self)
         self._cooperate_with_checkpointing()
 
@@ -173,14 +183,6 @@ class _Both(ExitStack):
 
 def _checkpoint_block(model: nn.Module, block: nn.Module, *args: Any) -> Any:
     return checkpoint(block, *args, use_reentrant=False, context_fn=role_context(model))
-
-
-def _in_input_dtype(linear: nn.Linear, device: torch.device) -> AdapterLinear:
-    """The same half of an adapter, trainable, with a weight of at least fp32: bf16 would round small updates away."""
-    half = AdapterLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    weight = linear.weight.detach()
-    half.weight = nn.Parameter(weight.to(device, torch.promote_types(weight.dtype, torch.float32)))
-    return half
 
 
 def block_linears(model: nn.Module) -> list[str]:

@@ -232,7 +232,7 @@ def make_networks(
     trained_dtype = torch.promote_types(weight.dtype, torch.float32)
     adapters = None
     if kind == "full":
-        copies = [copy.deepcopy(teacher).to(trained_dtype).requires_grad_(True).train() for _ in TRAINED]
+        copies = [_trainable_copy(teacher, trained_dtype) for _ in TRAINED]
     else:
         adapters = Adapters(frozen, TRAINED, lora_rank, lora_rank if lora_alpha is None else lora_alpha, seed)
         copies = [type(teacher)(frozen, teacher.schedule) for _ in TRAINED]
@@ -248,12 +248,25 @@ def make_networks(
     return Networks(Roles(student, teacher, fake), adapters, None if unify is None else tuple(sorted(unify)))
 
 
+def _trainable_copy(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """A copy in `dtype`, cast as it is copied; works for fake tensors too, which deepcopy alone does not."""
+    memo: dict[int, Any] = {id(denoiser.schedule): denoiser.schedule}
+    for parameter in denoiser.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype, copy=True))
+    for buffer in denoiser.buffers():
+        memo[id(buffer)] = buffer.to(dtype if buffer.is_floating_point() else None, copy=True)
+    return copy.deepcopy(denoiser, memo).train()
+
+
 def _cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
     """Cast what does not train, buffers included; adapters keep their dtype."""
     for module in network.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point() and not tensor.requires_grad:
-                tensor.data = tensor.data.to(dtype)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
 
 
 def _check(
