@@ -43,8 +43,9 @@ class TensorMemory(TorchDispatchMode):
     """Bytes of the tensors that are alive, as operators make and drop them inside the `with` block.
 
     Storages are counted, so a view costs nothing, a parameter, its gradient, an optimiser's moments and what autograd
-    saved for the backward cost what they take, whoever holds them; each until it is freed. Works on real and on fake
-    tensors. What an operator takes for itself while it runs is not seen.
+    saved for the backward cost what they take, whoever holds them; each until it is freed. What was made before counts
+    by `add`, or once an operator returns a view of it. Works on real and on fake tensors. What an operator takes for
+    itself while it runs is not seen.
 
     `device` restricts it to tensors there; for CUDA every storage is rounded up to 512 bytes, as its caching allocator
     does. `torch.distributed._tools.mem_tracker.MemTracker` counts the same bytes, but refuses a network that is called
