@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -128,7 +129,32 @@ class Compilations:
     def __call__(self, graph: Any, inputs: Any, **options: Any) -> Any:
         """What torch.compile calls for every program."""
         self.count += 1
+        if self._backend == "inductor" and all(x.device.type == "cpu" for x in inputs if isinstance(x, Tensor)):
+            _write_gelu_with_sigmoid(graph)
         return torch._dynamo.lookup_backend(self._backend)(graph, inputs, **options)
+
+
+def _write_gelu_with_sigmoid(graph: torch.fx.GraphModule) -> None:
+    """Give every tanh-GELU a form that inductor's C++ computes in a third of the time: exp is cheap there, tanh is not.
+
+    The same function: (1 + tanh z) / 2 = sigmoid(2 z), with fewer roundings where it is small.
+    """
+    for module in graph.modules():  # what is checkpointed is a graph of its own
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.target is F.gelu and node.kwargs.get("approximate") == "tanh":
+                    node.target = _gelu_with_sigmoid
+            module.recompile()
+
+
+def _gelu_with_sigmoid(x: Tensor, approximate: str) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    two_z = wide * (_GELU_LINEAR + _GELU_CUBIC * wide**2)
+    return (wide * two_z.sigmoid()).to(x.dtype)
+
+
+_GELU_LINEAR = 2 * (2 / torch.pi) ** 0.5
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
 
 def bound(kinds: int, roles: int, *, gradient_modes: int = 2, batches: int = 2, masks: int = 2) -> int:

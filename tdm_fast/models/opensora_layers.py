@@ -42,12 +42,15 @@ def rotary_tables(
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x [B, N, heads, head_dim]`` by the tables of :func:`rotary_tables`: in fp32, returned in x's dtype."""
-    halves = x.unflatten(-1, (3, 2, x.shape[-1] // 6))
+    pairs = (3, 2, x.shape[-1] // 6)
+    first, second = x.unflatten(-1, pairs).unbind(-2)
     if torch.compiler.is_compiling():
-        partner = halves.flip(-2)  # an index to the compiler, where a stack would be a copy
-    else:
-        partner = torch.stack((halves.select(-2, 1), halves.select(-2, 0)), dim=-2)  # on a CPU twice as fast as flip
-    return torch.addcmul(x * cos, partner.flatten(-3), sin).to(x.dtype)
+        # Half by half nothing is copied and no index is a quotient: a third of the time of the products below.
+        cos, sin = (table.unflatten(-1, pairs).select(-2, 1) for table in (cos, sin))
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
+        return turned.flatten(-3).to(x.dtype)
+    partner = torch.stack((second, first), dim=-2).flatten(-3)  # on a CPU twice as fast as flip
+    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
