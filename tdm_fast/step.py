@@ -18,7 +18,7 @@ from tdm_fast.distill import Draws, TDMConfig, draw, fake_loss, rollout, student
 from tdm_fast.guards import Guard, average_
 from tdm_fast.models.denoiser import Conditioning, Denoiser
 from tdm_fast.models.roles import Networks, make_networks
-from tdm_fast.parallel import apply_checkpointing, compile_blocks
+from tdm_fast.parallel import Compilations, apply_checkpointing, compile_blocks, compile_bound
 from tdm_fast.philox import randn
 from tdm_fast.text import PromptCache
 
@@ -111,8 +111,9 @@ def make_state(teacher: Denoiser, config: TrainConfig) -> State:
     for model in networks.models():
         apply_checkpointing(model, n.activation_checkpointing)
     if n.compile == "on" or (n.compile == "auto" and device.type == "cuda"):
+        compilations = Compilations(compile_bound(networks.roles, video_sizes=max(1, len(config.run.video_sizes))))
         for model in networks.models():
-            compile_blocks(model)
+            compile_blocks(model, compilations)
     student = networks.trainable("student")
     rate = o.student_learning_rate or o.learning_rate / 5
     return State(
