@@ -1,137 +1,285 @@
-"""How a network's blocks run on one device: activation checkpointing first, then torch.compile, block by block.
+"""How the blocks of a transformer run: with activation checkpointing, then compiled, one block at a time.
 
-Compiled are the blocks and not the network: all blocks of one kind share a program, so a network of thirty compiles as
-fast as one of three, and what differs from call to call stays outside. A program is made once for each
-
-    kind of block (dense or sparse attention, with a text mask or without)
-    × role (the dtype, the adapter, whether weights train)
-    × gradient mode
-    × batch: of one sample, or of any larger number (torch.compile treats the size 1 as a constant)
-
-and the length of the text is a variable like the batch. `bound` is that product; `Compilations` counts what was made.
+Both change what a block's `forward` does and nothing else: modules, parameters, their names and state dicts stay. The
+order is checkpointing, then compile: a compiled block then decides within its own graphs what backward recomputes.
+Sharding over ranks comes after both.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from tdm_fast.models.adapters import role_context
+from tdm_fast.models.denoiser import Conditioning, Roles
 
 CheckpointingKind = Literal["none", "block", "selective"]
 
-_aten = torch.ops.aten
-KEPT = frozenset(
-    getattr(_aten, name).default
-    for name in (
-        "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
-        "_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward",
-    )
-    if hasattr(_aten, name)
-)  # fmt: skip
-"""What `selective` checkpointing keeps: what is dear to compute and small to keep."""
-KEPT_NAMESPACES = ("tdm_fast", "tdm_fast_cpu", "tdm_fast_cuda", "flash_attn", "flash_attn_3")
-"""And all of these libraries' operators."""
+KEPT_OPS = (
+    *("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm", "convolution"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_scaled_dot_product_flash_attention_quantized", "_scaled_dot_product_efficient_attention"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable"),
+    *("_scaled_dot_product_attention_math_for_mps", "_flash_attention_forward", "_efficient_attention_forward"),
+    *("_cudnn_attention_forward", "_flash_attention_forward_no_dropout_inplace"),
+)
+"""Ops of aten whose outputs selective checkpointing keeps: matmuls, and what torch's attention calls underneath."""
+KEPT_LIBRARIES = ("tdm_fast", "torch_attn", "flash_attn", "flash_attn_3", "xformers", "xformers_flash")
+"""Libraries whose ops' outputs it keeps: this project's, torch's varlen attention, flash attention's own packages."""
+TEXT_LENGTH = {"text": 1, "encoder_hidden_states": 1, "text_mask": -1, "encoder_attention_mask": -1}
+"""Arguments of a block that carry the text, and the dimension that is its length."""
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """A network's repeated blocks: the modules that diffusers says must stay whole (`_no_split_modules`).
+    """The blocks that `model` repeats, outermost first, in order.
 
-    Raises ValueError for a network that names none.
+    They are the members of its `nn.ModuleList`s whose classes diffusers' `_repeated_blocks` or `_no_split_modules`
+    names; in a model that has neither, those of the list with the most parameters. Raises ValueError if there are none.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
+    named: set[str] = set()
+    for module in model.modules():
+        named.update(getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or ())
+    lists = _outermost_lists(model)
+    if named:
+        blocks = [block for blocks in lists for block in blocks if type(block).__name__ in named]
+    else:
+        blocks = list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
+    if not blocks:
         raise ValueError(
-            f"{type(model).__name__} names no blocks in _no_split_modules; checkpointing and compilation work on those,"
-            " so only activation_checkpointing=none and compile=off work with it"
+            f"{type(model).__name__} has no repeated blocks; it needs an nn.ModuleList of them, whose class it names in"
+            " _repeated_blocks or _no_split_modules if it has one of these"
         )
-    return found
+    return blocks
+
+
+def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
+    if isinstance(module, nn.ModuleList):
+        return [module]
+    return list(itertools.chain.from_iterable(_outermost_lists(child) for child in module.children()))
+
+
+# ---- activation checkpointing
 
 
 def apply_checkpointing(model: nn.Module, kind: CheckpointingKind) -> None:
-    """Have the network's blocks keep less for the backward, in place; copies must have been made before.
+    """Make the blocks of `model` keep less for backward, in place; may be called again with another kind.
 
-    block: a block's inputs only; all else is computed again. selective: also what matrix products, attention and this
-    project's operators gave (`KEPT`). Where gradients are off nothing changes. A network with adapters computes a
-    block again with the adapter of its forward. Raises ValueError for another kind and a network without known blocks.
+    none: everything is kept. block: a block's inputs are kept, backward runs it once more. selective: the outputs of
+    KEPT_OPS and KEPT_LIBRARIES are kept too, and only what is cheap to compute is computed again. Where gradients are
+    off nothing is different, and the random state is saved and restored only for blocks that have dropout. A network
+    with adapters runs a block again with the adapter of its forward. diffusers' own checkpointing is turned off.
+
+    Raises ValueError for an unknown kind, a network without known blocks (unless none is asked for), and for blocks
+    that are compiled already or whose forward was replaced.
     """
-    if kind not in ("none", "block", "selective"):
+    if kind not in get_args(CheckpointingKind):
         raise ValueError(f"activation_checkpointing is {kind!r}; it must be none, block or selective")
-    if kind == "none":
-        return
-    for block in blocks_of(model):
-        vars(block)[_KIND] = kind
-        block.forward = functools.partial(_in_eager_mode, model, block)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.disable_gradient_checkpointing()  # type: ignore[operator]
+    blocks = [] if kind == "none" and not _has_blocks(model) else blocks_of(model)
+    plain = [_plain_forward(block) for block in blocks]
+    make = functools.cache(_checkpointed)  # blocks of a class share one function, and so its compiled code
+    for block, forward in zip(blocks, plain, strict=True):
+        if kind == "none":
+            vars(block).pop("forward", None)
+        else:
+            _set_forward(block, make(model, forward, kind == "selective", _has_dropout(block)))
 
 
-_KIND = "_activation_checkpointing"
+def _plain_forward(block: nn.Module) -> Callable[..., Any]:
+    """The function behind `block.forward` as its class defines it."""
+    if "forward" not in vars(block):
+        return type(block).forward
+    function = getattr(block.forward, "__func__", None)
+    if getattr(function, "compiled", False):
+        raise ValueError("the blocks are compiled already; the order is checkpointing, then compile_blocks")
+    if not hasattr(function, "plain"):
+        raise ValueError(
+            f"{type(block).__name__}.forward was replaced by something else (accelerate's hooks do that); checkpointing"
+            " and compile need the class's own"
+        )
+    return function.plain  # type: ignore[union-attr]
 
 
-def _in_eager_mode(model: nn.Module, block: nn.Module, *args: Any) -> Any:
-    return _checkpointed(block, *args, context=functools.partial(role_context, model))
+def _set_forward(block: nn.Module, function: Callable[..., Any]) -> None:
+    # As a bound method, so that copy.deepcopy binds it to the copy.
+    block.forward = types.MethodType(function, block)  # type: ignore[method-assign]
 
 
-def _checkpointed(block: nn.Module, *args: Any, context: Callable[[Any], Any] | None = None) -> Any:
-    """The block's own forward, as far as gradients are on with its kind of checkpointing.
-
-    A compiled block computes again in its own program, whose adapter is fixed; in eager mode `context` sees to that.
-    """
-    forward = functools.partial(type(block).forward, block)
-    if not torch.is_grad_enabled():
-        return forward(*args)
-    selective = functools.partial(create_selective_checkpoint_contexts, _keep)
-    contexts: Any = selective if vars(block)[_KIND] == "selective" else noop_context_fn
-    # Random numbers have to be drawn again alike only where there are any.
-    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
-    return checkpoint(
-        forward,
-        *args,
-        use_reentrant=False,
-        context_fn=contexts if context is None else context(contexts),
-        preserve_rng_state=random,
-    )
+def _has_blocks(model: nn.Module) -> bool:
+    try:
+        return bool(blocks_of(model))
+    except ValueError:
+        return False
 
 
-def _keep(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    kept = op in KEPT or getattr(op, "namespace", "") in KEPT_NAMESPACES
+def _has_dropout(block: nn.Module) -> bool:
+    rates = (getattr(module, name, 0) for module in block.modules() for name in ("p", "dropout"))
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _checkpointed(model: nn.Module, plain: Callable[..., Any], selective: bool, dropout: bool) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(self, *args, **kwargs)
+        context_fn = role_context(model, _selective_contexts if selective else noop_context_fn)
+        options: dict[str, Any] = {"preserve_rng_state": dropout, "context_fn": context_fn}
+        return checkpoint(plain, self, *args, use_reentrant=False, **options, **kwargs)
+
+    forward.plain = plain  # type: ignore[attr-defined]
+    forward.to_compile = _checkpointed_when_compiled(plain, selective)  # type: ignore[attr-defined]
+    return forward
+
+
+@functools.cache  # so that networks share it, and its compiled code
+def _checkpointed_when_compiled(plain: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+    """A compiled block's role is fixed, torch sees to its random state, and takes no contexts but selective ones."""
+    options: dict[str, Any] = {"context_fn": _selective_contexts} if selective else {}
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(self, *args, **kwargs)
+        return checkpoint(plain, self, *args, use_reentrant=False, **options, **kwargs)
+
+    forward.plain = plain  # type: ignore[attr-defined]
+    return forward
+
+
+@functools.cache
+def _kept_ops() -> frozenset[Any]:
+    aten = {getattr(torch.ops.aten, name) for name in KEPT_OPS if hasattr(torch.ops.aten, name)}
+    return frozenset(aten | {torch.ops.higher_order.flex_attention})
+
+
+def _policy(_context: object, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    kept = getattr(op, "overloadpacket", op) in _kept_ops() or op.namespace in KEPT_LIBRARIES
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+_selective_contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+
+# ---- torch.compile
+
+
+class ShapeKind(NamedTuple):
+    """Calls of a block whose shapes one graph serves: batches from two on, and text from two tokens on, are symbols.
+
+    A batch of one, a text of one token, and having a mask or not are other graphs; so is every size of video, because
+    graphs with a known number of tokens are faster.
+    """
+
+    single: bool = False
+    """A batch of one sample."""
+    masked: bool = False
+    """The text has a mask."""
+    one_token: bool = False
+    """The text is one token long."""
+
+
+SHAPE_KINDS = tuple(ShapeKind(single, masked) for single in (False, True) for masked in (False, True))
+"""What training meets: sub-batches of any size, texts of equal and of different lengths."""
+
+
+@dataclass(frozen=True)
+class CompileBound:
+    """How often torch.compile may compile: once for each block kind, role, gradient mode and kind of shape."""
+
+    blocks: Mapping[str, int]
+    """Block kinds of each role and gradient mode, such as `{"student with gradient": 3}`."""
+    shapes: int = len(SHAPE_KINDS)
+    video_sizes: int = 1
+
+    @property
+    def total(self) -> int:
+        """The greatest number of compilations."""
+        return sum(self.blocks.values()) * self.shapes * self.video_sizes
+
+    def __str__(self) -> str:
+        blocks = ", ".join(f"{role} {count}" for role, count in self.blocks.items())
+        sizes = f"{self.video_sizes} video size{'s' * (self.video_sizes != 1)}"
+        return f"at most {self.total} compilations: block kinds ({blocks}) x {self.shapes} kinds of shape x {sizes}"
+
+
+def compile_bound(roles: Roles, *, shapes: Sequence[ShapeKind] = SHAPE_KINDS, video_sizes: int = 1) -> CompileBound:
+    """The bound for three roles, whose networks may be one and the same.
+
+    A network's block kinds are its `block_kinds` if it says so (blocks of one class whose arguments differ in kind), or
+    the number of its blocks' classes. With gradient there is one more where what comes before the blocks is frozen:
+    only the first block's input then carries none.
+    """
+    blocks = {}
+    for role, denoiser in zip(Roles._fields, roles, strict=True):
+        network = denoiser.model
+        inside = blocks_of(network)
+        kinds = int(getattr(network, "block_kinds", 0)) or len({type(block) for block in inside})
+        of_blocks = {id(parameter) for block in inside for parameter in block.parameters()}
+        frozen = any(not p.requires_grad for p in network.parameters() if id(p) not in of_blocks)
+        blocks[f"{role} without gradient"] = kinds
+        if role != "teacher":
+            blocks[f"{role} with gradient"] = kinds + frozen
+    return CompileBound(blocks, len(shapes), video_sizes)
+
+
 class Compilations:
-    """Programs that blocks have been compiled to, of all networks given to `compile_blocks` with it."""
+    """A backend of torch.compile that counts the graphs it is given, each compiled with its backward.
 
-    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
+    `options` are the backend's. One for all networks of a run, so that blocks can share code. Raises AssertionError,
+    which torch reports, when there are more than the bound.
+    """
+
+    def __init__(
+        self, bound: CompileBound, backend: str = "inductor", options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.bound, self.backend, self.options = bound, backend, dict(options or {})
         self.count = 0
-        self._backend = backend
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self.at_warm_up: int | None = None
+        """How many there had been when `warm_up` was done."""
 
-    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled form of a function of a block and its inputs, the same one for all blocks."""
-        if function not in self._functions:
-            self._functions[function] = torch.compile(function, fullgraph=True, backend=self)
-        return self._functions[function]
+    @property
+    def after_warm_up(self) -> int:
+        """Compilations since `warm_up`, which should have met everything: 0, or something is worth looking into."""
+        return 0 if self.at_warm_up is None else self.count - self.at_warm_up
 
-    def __call__(self, graph: Any, inputs: Any, **options: Any) -> Any:
-        """What torch.compile calls for every program."""
+    def __str__(self) -> str:
+        return f"{self.count} compilations; {self.bound}"
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Compile `graph`; called by torch."""
         self.count += 1
-        if self._backend == "inductor" and all(x.device.type == "cpu" for x in inputs if isinstance(x, Tensor)):
-            _write_gelu_with_sigmoid(graph)
-        return torch._dynamo.lookup_backend(self._backend)(graph, inputs, **options)
+        assert self.count <= self.bound.total, f"torch.compile was to make {self.bound}, and is asked for one more"
+        if self.backend == "inductor":
+            if all(value.device.type == "cpu" for value in inputs if isinstance(value, Tensor)):
+                _write_gelu_with_sigmoid(graph)
+            return torch._inductor.compile(graph, inputs, options=self.options)
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs, **self.options)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled form of a block's forward, the same one for all blocks that have it."""
+        if function not in self._functions:
+            # What another torch.compile of the same function made is not to count here.
+            options: dict[str, Any] = {"recompile_limit": self.bound.total, "isolate_recompiles": True}
+            known = inspect.signature(torch.compile).parameters
+            config: Any = torch._dynamo.config
+            config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, self.bound.total)
+            if "recompile_limit" not in known:
+                config.recompile_limit = max(config.recompile_limit, self.bound.total)
+            options = {name: value for name, value in options.items() if name in known}
+            # dynamic=False: nothing varies but what is marked.
+            run = torch.compile(function, fullgraph=True, dynamic=False, backend=self, **options)
+            self._functions[function] = _with_marks(function, run)
+        return self._functions[function]
 
 
 def _write_gelu_with_sigmoid(graph: torch.fx.GraphModule) -> None:
@@ -157,41 +305,96 @@ _GELU_LINEAR = 2 * (2 / torch.pi) ** 0.5
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
 
-def bound(kinds: int, roles: int, *, gradient_modes: int = 2, batches: int = 2, masks: int = 2) -> int:
-    """The most programs that are compiled: each kind of block once per role, gradient mode, batch and mask kind."""
-    return kinds * roles * gradient_modes * batches * masks
+def compile_blocks(model: nn.Module, compilations: Compilations) -> None:
+    """Have torch compile the blocks of `model`, in place, when they are first called; a graph break is an error.
 
+    Blocks of one class share their code, whichever layer or network they belong to, as far as torch's guards allow. A
+    batch of more than one and a text of more than one token are marked as varying before each call; all other sizes are
+    constants of a graph (ShapeKind). torch's limit on recompilations, 8 by default, beyond which it gives up, is the
+    bound for these blocks: `recompile_limit` of torch.compile, or, in a torch that lacks it, the whole process's. Its
+    second limit, 256 for a whole process, is raised if the bound is above. After `warm_up`,
+    torch.compiler.set_stance("fail_on_recompile") makes an error of a compilation that should not be.
 
-def compile_blocks(model: nn.Module, compilations: Compilations | None = None) -> Compilations:
-    """torch.compile of the network's blocks, in place, after checkpointing. Returns what counts the programs.
-
-    Names of parameters and the state dict stay as they were. Compiled in full: a block that torch.compile would have
-    to leave in the middle is an error. Raises ValueError for a network without known blocks.
+    Raises ValueError for a network without known blocks, and for blocks that are compiled already or were replaced.
     """
-    compilations = Compilations() if compilations is None else compilations
-    for block in blocks_of(model):
-        program = _checkpointed if _KIND in vars(block) else type(block).forward
-        block.forward = functools.partial(_call_compiled, compilations.of(program), block)
-    # All blocks' programs are kept under one piece of code, of which torch allows a handful by default.
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, MOST_PROGRAMS)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * MOST_PROGRAMS)
-    return compilations
+    blocks = blocks_of(model)
+    for block in blocks:
+        _plain_forward(block)
+    for block in blocks:
+        checkpointed = getattr(vars(block).get("forward"), "to_compile", None)
+        _set_forward(block, compilations.compiled(checkpointed or type(block).forward))
 
 
-MOST_PROGRAMS = bound(kinds=3, roles=3)
+def _with_marks(function: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(getattr(function, "plain", function)).parameters)[1:]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(self, *args, **kwargs)
+        _mark_what_varies({**dict(zip(names, args, strict=False)), **kwargs})
+        return run(self, *args, **kwargs)
+
+    forward.compiled = True  # type: ignore[attr-defined]
+    return forward
 
 
-def _call_compiled(compiled: Callable[..., Any], block: nn.Module, *args: Any) -> Any:
-    """Call a compiled block with the batch and the text's length marked as variables from the first call on.
+def _mark_what_varies(arguments: Mapping[str, Any]) -> None:
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.ndim}
+    batch = len(next(iter(tensors.values()), ()))
+    for name, tensor in tensors.items():
+        if len(tensor) == batch > 1:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        dim = TEXT_LENGTH.get(name)
+        if dim is not None and tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim % tensor.ndim)
 
-    Left to itself torch.compile takes every size for a constant until it has seen another one, and compiles twice.
+
+def warm_up(
+    compilations: Compilations,
+    roles: Roles,
+    latents: Tensor,
+    conditioning: Conditioning,
+    *,
+    shapes: Iterable[ShapeKind] = SHAPE_KINDS,
+    batch: int = 2,
+) -> None:
+    """Call every role in every gradient mode and kind of shape, so that all compilation happens now.
+
+    `latents` `[1 or more, C, ...]` and `conditioning` (of as many samples) are examples of one video size; call again
+    for each other size. `batch` stands for all batches above one; one above the number of threads lets inductor's C++
+    share work evenly for every batch. No gradient is left behind, and no random number is drawn.
     """
-    _, text, text_mask, *_ = args
-    for tensor in args:
-        if isinstance(tensor, Tensor) and tensor.shape[0] > 1:  # a size of 1 is a constant in any case
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    torch._dynamo.maybe_mark_dynamic(text, 1)
-    if text_mask is not None:
-        torch._dynamo.maybe_mark_dynamic(text_mask, 3)
-    return compiled(block, *args)
+    for kind in shapes:
+        size = 1 if kind.single else batch
+        x = latents[:1].detach().expand(size, *latents.shape[1:]).contiguous()
+        t = torch.zeros(size, dtype=torch.int64, device=x.device)
+        given = _shaped(conditioning[:1].expand(size), kind)
+        for denoiser in roles:
+            with torch.no_grad():
+                denoiser(x, t, given)
+            if denoiser is not roles.teacher:
+                with torch.enable_grad():
+                    output = denoiser(x, t, given).sum()
+                torch.autograd.grad(output, _trained(denoiser), allow_unused=True)
+    compilations.at_warm_up = compilations.count
+
+
+def _trained(denoiser: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def _shaped(conditioning: Conditioning, kind: ShapeKind) -> Conditioning:
+    """The same tensors with masks and text length as `kind` says."""
+    tensors = {}
+    for name, tensor in conditioning.tensors.items():
+        if name.endswith("_attention_mask"):
+            continue
+        if name.endswith("_hidden_states"):
+            length = 1 if kind.one_token else max(2, tensor.shape[1])
+            rows = torch.arange(length, device=tensor.device) % tensor.shape[1]
+            tensor = tensor[:, rows]
+            if kind.masked:
+                mask = name.removesuffix("_hidden_states") + "_attention_mask"
+                tensors[mask] = torch.ones(tensor.shape[:2], dtype=torch.int64, device=tensor.device)
+        tensors[name] = tensor
+    return Conditioning(tensors)

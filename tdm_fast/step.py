@@ -17,8 +17,8 @@ from tdm_fast.data import draw_prompts, draw_size
 from tdm_fast.distill import Draws, TDMConfig, draw, fake_loss, rollout, student_forward, student_loss
 from tdm_fast.guards import Guard, average_
 from tdm_fast.models.denoiser import Conditioning, Denoiser
-from tdm_fast.models.roles import Networks, make_networks
-from tdm_fast.parallel import apply_checkpointing, compile_blocks
+from tdm_fast.models.roles import Networks, make_networks, tell
+from tdm_fast.parallel import Compilations, apply_checkpointing, compile_blocks, compile_bound, warm_up
 from tdm_fast.philox import randn
 from tdm_fast.text import PromptCache
 
@@ -38,6 +38,8 @@ class State:
     student_rate: Callable[[int], float]
     guard: Guard
     device: torch.device
+    compilations: Compilations | None = None
+    """What torch.compile makes of the networks' blocks; None where they run as they are."""
     iteration: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
@@ -110,9 +112,11 @@ def make_state(teacher: Denoiser, config: TrainConfig) -> State:
     )
     for model in networks.models():
         apply_checkpointing(model, n.activation_checkpointing)
+    compilations = None
     if n.compile == "on" or (n.compile == "auto" and device.type == "cuda"):
+        compilations = Compilations(compile_bound(networks.roles, video_sizes=max(1, len(config.run.video_sizes))))
         for model in networks.models():
-            compile_blocks(model)
+            compile_blocks(model, compilations)
     student = networks.trainable("student")
     rate = o.student_learning_rate or o.learning_rate / 5
     return State(
@@ -123,6 +127,7 @@ def make_state(teacher: Denoiser, config: TrainConfig) -> State:
         student_rate=rate_schedule(rate, o),
         guard=Guard(device=device),
         device=device,
+        compilations=compilations,
     )
 
 
@@ -187,6 +192,21 @@ def make_batch(
         latents=randn(batch, shape, seed=tdm.seed, iteration=iteration, device=device),
         draws=draw(tdm, batch, iteration, device=device),
     )
+
+
+def compile_now(
+    state: State, cache: PromptCache, config: TrainConfig, latent_shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Have all that `update` will call compiled before the first iteration, which then is as fast as the last."""
+    if state.compilations is None:
+        return
+    conditioning = cache.batch([0]).to(state.device)
+    if config.tdm.unify:
+        conditioning = tell(conditioning, config.tdm.num_steps)
+    for shape in latent_shapes:
+        latents = torch.zeros(1, *shape, device=state.device)
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=uses_bf16(config, state.device)):
+            warm_up(state.compilations, state.networks.roles, latents, conditioning, batch=1 + torch.get_num_threads())
 
 
 Phase = Callable[[str], AbstractContextManager[Any]]

@@ -55,7 +55,7 @@ from tdm_fast.models.loading import Pipeline, digest, load_pipeline
 from tdm_fast.report import finish
 from tdm_fast.sample import generate
 from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_cannot_fit, with_batch_size
-from tdm_fast.step import Batch, State, make_batch, make_state, resolve_device, update, uses_bf16
+from tdm_fast.step import Batch, State, compile_now, make_batch, make_state, resolve_device, update, uses_bf16
 from tdm_fast.text import PromptCache, fingerprint, read_prompts
 from tdm_fast.video import to_uint8, write_video
 
@@ -113,6 +113,9 @@ def run(
     state = make_state(teacher.denoiser, config)
     if found is not None:
         resume(state, found)
+    compile_now(state, cache, config, shapes)
+    if state.compilations is not None:
+        print(state.compilations, file=sys.stderr)
     write_atomically(output / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False).encode())
 
     student = copy.copy(teacher)

@@ -115,6 +115,11 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._layout_cache: dict[tuple[object, ...], dict[LayoutKind, TokenLayout]] = {}
         self._initialise_weights()
 
+    @property
+    def block_kinds(self) -> int:
+        """How many programs the blocks are: one attends densely, one sparsely, in either order."""
+        return len({subsequences for subsequences, _ in self._layout_kinds})
+
     def _layout_kind(self, layer: int) -> LayoutKind:
         sparse = self.config.sparse1d and FIRST_SPARSE_LAYER <= layer <= LAST_SPARSE_LAYER
         return (self.config.sparse_n, layer % 2 == 1) if sparse and self.config.sparse_n > 1 else NATURAL_ORDER
