@@ -105,13 +105,16 @@ class SampleConfig:
 
 
 def choose_timesteps(pipeline: Pipeline, num_steps: int | None) -> list[int]:
-    """A student's own nodes, or `num_steps` (50 if None) trailing timesteps for a teacher.
+    """A student's own nodes, or `num_steps` (50 if None) trailing timesteps for a teacher. A student of several numbers
+    of steps becomes that of `num_steps`.
 
     Raises ValueError when a student is asked for a number of steps that it was not trained for.
     """
     if pipeline.timesteps is None:
         return trailing_timesteps(50 if num_steps is None else num_steps, pipeline.schedule.num_train_timesteps)
-    if num_steps not in (None, len(pipeline.timesteps)):
+    if pipeline.trajectories and num_steps is not None:
+        pipeline.set_num_steps(num_steps)  # a student of several, which has to be told
+    elif num_steps not in (None, len(pipeline.timesteps)):
         raise ValueError(
             f"--num_steps {num_steps}: {pipeline.folder} holds a student of {len(pipeline.timesteps)} steps"
         )

@@ -20,6 +20,7 @@ from tdm_fast.checkpoint import latest_checkpoint, load_checkpoint
 from tdm_fast.config import ModelConfig, NetworksConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
 from tdm_fast.distill import TDMConfig
 from tdm_fast.models.loading import load_pipeline
+from tdm_fast.sample import choose_timesteps
 from tdm_fast.sizing import estimate_run, iteration_flops, measure_costs, with_flags
 from tdm_fast.step import make_batch, make_state, update
 from tdm_fast.train import train
@@ -82,6 +83,10 @@ def test_every_option_trains_and_goes_on_to_the_bit(
     student = load_pipeline(tmp_path / "whole" / "student")
     assert student.timesteps is not None and len(student.timesteps) == 2
     assert sorted(student.trajectories) == sorted(flags.get("unify", ()))
+    if student.trajectories:
+        assert [len(choose_timesteps(student, k)) for k in (1, 2, None)] == [1, 2, 2]
+        with pytest.raises(ValueError, match=r"num_steps is 3; .* holds a model for 1, 2"):
+            choose_timesteps(student, 3)
     assert parse_train(["--config", str(tmp_path / "whole" / "config.yaml")]) == whole
 
 
