@@ -56,6 +56,7 @@ def _network(layers: int, heads: int, head_dim: int, caption: int) -> dict[str, 
 
 
 MODELS = {
+    "dry": Model("dry", {**_network(3, 2, 12, 8), "sparse_n": 2}, (8, 2, 4, 4), 3, 2),  # a look at the script itself
     # The sizes of the bundled teacher.
     "tiny": Model("tiny", {**_network(6, 4, 24, 64), "sparse_n": 2}, (8, 5, 8, 8), 7, 24),
     "50m": Model("50m", _network(13, 10, 48, 1024), (8, 5, 16, 16), 64, 2),

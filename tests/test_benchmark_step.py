@@ -1,0 +1,49 @@
+"""The benchmark of the step on a network of nothing: what is measured is the same work from the same draws."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from bench_step import LADDER, MODELS, PAIRS, Runner, chosen_iterations, make_config
+
+from tdm_fast.distill import draw, rolled_samples
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "step"
+
+
+@pytest.mark.parametrize(("share", "steps"), [(False, 2.75), (True, 1.5)])
+def test_the_chosen_iterations_are_the_average_one(share: bool, steps: float) -> None:
+    rung = LADDER[-1] if share else LADDER[1]
+    config = make_config(rung, MODELS["dry"]).tdm
+    draws = [draw(config, 1, iteration) for iteration in chosen_iterations(config)]
+    assert sum(rolled_samples(config, one) for one in draws) / len(draws) == steps
+    assert sorted(one.student.steps[0] for one in draws) == [1, 2, 3, 4] and len(PAIRS) == 4
+
+
+def test_rungs_do_the_same_to_the_networks() -> None:
+    """One iteration of the reference and of ours leave the same student, to rounding."""
+    plain, ours = (Runner(rung, MODELS["dry"], "cpu", ema=False) for rung in (LADDER[0], LADDER[3]))
+    for runner in (plain, ours):
+        runner.iterate(chosen_iterations(runner.config.tdm)[1])
+    theirs = plain.state.networks.trainable("fake")
+    for name, parameter in ours.state.networks.trainable("fake").items():
+        # AdamW's first step is the rate times the gradient's sign: what is no gradient but rounding may go either way.
+        moved = (parameter - theirs[name]).abs() > 1e-6
+        assert moved.float().mean() < 0.2 or name.endswith("to_k.bias"), name
+
+
+def test_the_script_writes_its_table(tmp_path: Path) -> None:
+    main = runpy.run_path(str(SCRIPT))["main"]
+    flags = ["--model", "dry", "--device", "cpu", "--rounds", "1", "--rungs", "0,1,3", "--roles", "full"]
+    assert main([*flags, "--output", str(tmp_path)]) == 0
+    found = next(tmp_path.glob("step-dry_*.json"))
+    data = json.loads(found.read_text())
+    assert [row["rung"] for row in data["ladder"]] == ["reference", "no wasted forwards", "fused AdamW"]
+    assert data["ladder"][1]["flops"] < data["ladder"][0]["flops"]
+    assert data["ladder"][1]["peak_bytes"] < data["ladder"][0]["peak_bytes"]
+    table = found.with_suffix(".md").read_text()
+    assert "| reference | " in table and "| full, block | " in table
+    assert found.with_suffix(".png").stat().st_size > 0
