@@ -268,13 +268,15 @@ class Compilations:
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled form of a block's forward, the same one for all blocks that have it."""
         if function not in self._functions:
-            # What another torch.compile of the same function made is not to count here.
-            options: dict[str, Any] = {"recompile_limit": self.bound.total, "isolate_recompiles": True}
+            # One more than the bound, which is to be what stops a run: torch's own message names no bound. What another
+            # torch.compile of the same function made is not to count here.
+            most = self.bound.total + 1
+            options: dict[str, Any] = {"recompile_limit": most, "isolate_recompiles": True}
             known = inspect.signature(torch.compile).parameters
             config: Any = torch._dynamo.config
-            config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, self.bound.total)
+            config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
             if "recompile_limit" not in known:
-                config.recompile_limit = max(config.recompile_limit, self.bound.total)
+                config.recompile_limit = max(config.recompile_limit, most)
             options = {name: value for name, value in options.items() if name in known}
             # dynamic=False: nothing varies but what is marked.
             run = torch.compile(function, fullgraph=True, dynamic=False, backend=self, **options)
