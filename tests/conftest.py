@@ -30,6 +30,10 @@ sys.exit(cli.main(arguments))
 def pytest_configure() -> None:
     """Hear Ctrl-C: a shell's background jobs ignore it, and the processes that tests start would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # share the cores instead of fighting for them
+        threads = max(1, (os.cpu_count() or 1) // int(workers))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
