@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdm_fast import distill, reference
 from tdm_fast.config import NetworksConfig, OptimiserConfig, TrainConfig
 from tdm_fast.distill import TDMConfig
-from tdm_fast.memory import TensorMemory
+from tdm_fast.memory import KINDS, Estimate, TensorMemory, estimate, fill
 from tdm_fast.models import OpenSoraT2V_v1_3
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
@@ -34,6 +34,7 @@ from tdm_fast.step import Batch, State, make_batch, make_state, update
 from tdm_fast.text import PromptCache
 
 PROMPTS = 16
+SCHEDULE = Schedule.ddpm(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Rung:
     fused_adam: bool = True
     tdm: dict[str, Any] = field(default_factory=dict)
     networks: dict[str, Any] = field(default_factory=dict)
+    optimiser: dict[str, Any] = field(default_factory=dict)
 
 
 LADDER = (
@@ -88,8 +90,14 @@ LADDER = (
 )
 MEMORY = tuple(
     Rung(f"{roles}, {kind}", networks={"roles": roles, "activation_checkpointing": kind})
-    for roles, kind in itertools.product(("full", "lora"), ("none", "selective", "block"))
+    for roles, kind in itertools.product(("full", "lora"), KINDS)
 )
+EIGHT_BIT = tuple(
+    replace(rung, name=rung.name.replace("full", "full, 8-bit AdamW"), optimiser={"use_8bit_adam": True})
+    for rung in MEMORY
+    if rung.networks["roles"] == "full"
+)
+"""What a GPU's memory table has besides."""
 
 
 @contextmanager
@@ -113,8 +121,7 @@ def make_teacher(model: Model, device: str) -> Denoiser:
         for parameter in network.parameters():
             if parameter.ndim > 1 and not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
-    schedule = Schedule.ddpm(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    return OpenSoraDenoiser(network.to(device), schedule)
+    return OpenSoraDenoiser(network.to(device), SCHEDULE)
 
 
 def make_prompts(model: Model) -> PromptCache:
@@ -128,8 +135,29 @@ def make_config(rung: Rung, model: Model, *, per: str = "iteration", ema: bool =
     return TrainConfig(
         tdm=TDMConfig(index_per=per, seed=5, **rung.tdm),  # type: ignore[arg-type]
         networks=NetworksConfig(**({"compile": "off", "mixed_precision": "auto"} | rung.networks)),
-        optimiser=OptimiserConfig(train_batch_size=model.batch, use_ema=ema, lr_warmup_steps=0),
+        optimiser=OptimiserConfig(train_batch_size=model.batch, use_ema=ema, lr_warmup_steps=0, **rung.optimiser),
     )
+
+
+def estimate_peak(rung: Rung, model: Model, *, before_activations: bool = False) -> Estimate:
+    """What an iteration in bfloat16 will hold on a device, without an average, found on fake tensors.
+
+    The trainer's own code runs. Its rollout is of one step, which takes as much memory as four do. `before_activations`
+    makes the video one token: what is left is what the networks take.
+    """
+    on_device = replace(rung, networks=rung.networks | {"mixed_precision": "bf16"}, tdm=rung.tdm | {"num_steps": 1})
+    if before_activations:
+        model = replace(model, latents=(model.latents[0], 1, 2, 2), tokens=1)
+    config = make_config(on_device, model, ema=False)
+    batch = make_batch(0, make_prompts(model), config, [model.latents])
+
+    def build() -> State:
+        state = make_state(make_teacher(model, "cpu"), config)
+        fill(state.fake_optimizer)
+        fill(state.student_optimizer)
+        return state
+
+    return estimate(build, lambda state, phase: update(state, batch, config, phase), iterations=1)
 
 
 PAIRS = ((1, 1), (2, 3), (3, 4), (4, 1))

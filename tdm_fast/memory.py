@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -157,14 +158,19 @@ class Estimate:
 
 
 class _FakeTensors(FakeTensorMode):
-    """Fake tensors whose mode remembers none of them.
+    """Fake tensors whose mode remembers none of them, and which are 0 to a host that must look.
 
     `Module.to` swaps a fake parameter for the converted one, which torch refuses while anything refers to either
-    weakly, and that is what the mode's memory does.
+    weakly, and that is what the mode's memory does. A host looks, for example, whether an update is to be skipped.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            return 0
         self.fake_tensor_converter.meta_converter.tensor_memo.clear()
         return result
 
@@ -212,7 +218,8 @@ def estimate(
     flash attention saves what CUDA's does (queries, keys, values, output, one number per query and head). What CUDA's
     takes besides while its backward runs (4 bytes per element of the queries) is left to the margin.
     """
-    with fake_tensors(), TensorMemory(device) as memory:
+    # An optimiser of torchao compiles its step, whose temporaries then are the eager one's.
+    with torch.compiler.set_stance("force_eager"), fake_tensors(), TensorMemory(device) as memory:
         with memory.phase("build"):
             memory.add(*held)
             state = build()

@@ -75,7 +75,8 @@ def apply_checkpointing(model: nn.Module, kind: CheckpointingKind) -> None:
     """Make the blocks of `model` keep less for backward, in place; may be called again with another kind.
 
     none: everything is kept. block: a block's inputs are kept, backward runs it once more. selective: the outputs of
-    KEPT_OPS and KEPT_LIBRARIES are kept too, and only what is cheap to compute is computed again. Where gradients are
+    KEPT_OPS and KEPT_LIBRARIES are kept too, and only what is cheap to compute is computed again: an adapter's product
+    that widens its rank to the layer's width is. Where gradients are
     off nothing is different, and the random state is saved and restored only for blocks that have dropout. A network
     with adapters runs a block again with the adapter of its forward. diffusers' own checkpointing is turned off.
 
@@ -161,9 +162,15 @@ def _kept_ops() -> frozenset[Any]:
     return frozenset(aten | {torch.ops.higher_order.flex_attention})
 
 
-def _policy(_context: object, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _policy(_context: object, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
     kept = getattr(op, "overloadpacket", op) in _kept_ops() or op.namespace in KEPT_LIBRARIES
+    kept = kept and not (op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and _is_cheap(*args[-2:]))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_cheap(left: Tensor, right: Tensor) -> bool:
+    """Whether a product, `[M, K]` by `[K, N]`, is large for its work, as the second of an adapter's two is."""
+    return 8 * left.shape[1] <= right.shape[1]
 
 
 _selective_contexts = functools.partial(create_selective_checkpoint_contexts, _policy)

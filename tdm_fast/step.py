@@ -144,8 +144,17 @@ def make_optimizer(parameters: Sequence[Tensor], rate: float, config: OptimiserC
     try:
         from torchao.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise ValueError("--use_8bit_adam needs torchao: pip install torchao") from error
+        raise ValueError("--use_8bit_adam needs torchao: pip install 'tdm-fast[8bit]'") from error
     return AdamW8bit(parameters, **options)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give an optimiser its learning rate, in the form that it keeps it in."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao's, so that a new rate compiles nothing
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def rate_schedule(rate: float, config: OptimiserConfig) -> Callable[[int], float]:
@@ -248,8 +257,7 @@ def update(state: State, batch: Batch, config: TrainConfig, phase: Phase) -> dic
             )
         loss_student.backward()
     with phase("optimiser"):
-        for group in state.student_optimizer.param_groups:
-            group["lr"] = state.student_rate(iteration)
+        set_rate(state.student_optimizer, state.student_rate(iteration))
         limit = optimiser.max_grad_norm
         student = state.guard.step("student", state.student_optimizer, loss_student, max_norm=limit)
         state.student_optimizer.zero_grad()

@@ -9,16 +9,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import estimate_2b
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_step import MODELS, Model, Rung, make_config, make_prompts, make_teacher
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 
 from tdm_fast import memory
+from tdm_fast.config import TrainConfig
 from tdm_fast.memory import (
     KINDS,
     Choice,
@@ -34,12 +35,13 @@ from tdm_fast.memory import (
     refuse_if_too_large,
 )
 from tdm_fast.models.denoiser import Conditioning
+from tdm_fast.step import State, make_batch, make_state, update
 
-SIZES = estimate_2b.TWO_BILLION | {
-    "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 24, "cross_attention_dim": 48,
-    "caption_channels": 16, "sparse_n": 2,
-}  # fmt: skip
 SHAPE = (8, 3, 10, 12)
+SIZES = MODELS["tiny"].network | {
+    "num_layers": 3, "num_attention_heads": 2, "cross_attention_dim": 48, "caption_channels": 16,
+}  # fmt: skip
+MODEL = Model("memory", SIZES, SHAPE, tokens=9, batch=2)
 FLOAT = 4
 
 
@@ -47,17 +49,58 @@ def no_phase(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def iterate(state: estimate_2b.State, phase: Callable[[str], AbstractContextManager[None]] = no_phase) -> None:
-    estimate_2b.iterate(state, phase, SHAPE, batch_size=2)
+def configure(roles: str, kind: str, precision: str = "bf16") -> TrainConfig:
+    rung = Rung("", networks={"roles": roles, "activation_checkpointing": kind, "mixed_precision": precision},
+                tdm={"num_steps": 1})  # fmt: skip
+    return make_config(rung, MODEL, ema=False)
 
 
-def state_bytes(state: estimate_2b.State) -> int:
-    """Weights and optimisers' states, each once."""
-    tensors = {id(p): p for role in state.roles for p in role.parameters()}
-    for optimizer in (state.fake, state.student):
+class Run:
+    """The trainer's own iteration with a given configuration; its batch is made of real numbers."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.batch = make_batch(0, make_prompts(MODEL), config, [SHAPE])
+
+    def inputs(self) -> list[Tensor]:
+        """What an iteration looks at without making it."""
+        batch = self.batch
+        return [batch.latents, *batch.conditioning.tensors.values(), *batch.unconditional.tensors.values()]
+
+    def build(self) -> State:
+        """Networks and optimisers that have their moments."""
+        state = make_state(make_teacher(MODEL, "cpu"), self.config)
+        fill(state.fake_optimizer)
+        fill(state.student_optimizer)
+        return state
+
+    def iterate(self, state: State, phase: Callable[[str], AbstractContextManager[None]] = no_phase) -> None:
+        update(state, self.batch, self.config, phase)
+
+
+def tensors_of(state: State) -> list[Any]:
+    return [*state.networks.models(), state.fake_optimizer, state.student_optimizer, *state.guard.counts.values()]
+
+
+def state_bytes(state: State) -> int:
+    """Weights, optimisers' states and the guard's counters, each once."""
+    tensors = {id(p): p for model in state.networks.models() for p in model.parameters()}
+    for optimizer in (state.fake_optimizer, state.student_optimizer):
         for values in optimizer.state.values():
             tensors |= {id(value): value for value in values.values()}
+    tensors |= {id(counts): counts for counts in state.guard.counts.values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def tables_of(state: State) -> list[Tensor]:
+    """What the networks keep from one call to the next: positions and masks."""
+    layouts = [
+        layout
+        for model in state.networks.models()
+        for kinds in model._layout_cache.values()  # type: ignore[union-attr, operator]
+        for layout in kinds.values()
+    ]
+    return [table for layout in layouts for table in (layout.cos, layout.sin, layout.mask) if table is not None]
 
 
 def test_a_storage_counts_once_and_until_it_is_freed() -> None:
@@ -138,22 +181,6 @@ def test_only_the_device_asked_for_counts_and_in_its_allocator_s_units() -> None
             assert both.current == 3 * FLOAT + 1024 and len(kept) == len(there) == 2
 
 
-def in_fp32(kind: str) -> tuple[estimate_2b.State, list[Tensor]]:
-    """Networks that compute in fp32, where the CPU's operators take little for themselves, and the tables they keep."""
-
-    def network() -> estimate_2b.OpenSoraDenoiser:
-        model = estimate_2b.OpenSoraT2V_v1_3(**SIZES)
-        estimate_2b.apply_checkpointing(model, kind)
-        return estimate_2b.OpenSoraDenoiser(model, estimate_2b.SCHEDULE)
-
-    roles = estimate_2b.Roles(network(), network().requires_grad_(False), network())
-    optimizers = (torch.optim.AdamW(role.parameters(), fused=True) for role in (roles.fake, roles.student))
-    state = estimate_2b.State(roles, *optimizers)
-    iterate(state)
-    layouts = [layout for role in roles for kinds in role.model._layout_cache.values() for layout in kinds.values()]
-    return state, [table for layout in layouts for table in (layout.cos, layout.sin, layout.mask) if table is not None]
-
-
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Operators take scratch memory for each thread, which only the allocator sees."""
@@ -166,9 +193,11 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_allocator_says_the_same(kind: str, one_thread: None) -> None:
     """Torch's own CPU allocator reports every allocation to the profiler, those inside of operators included."""
-    state, tables = in_fp32(kind)
+    run = Run(configure("full", kind, "no"))  # in fp32 the CPU's operators take little for themselves
+    state = run.build()
+    run.iterate(state)
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        iterate(state)
+        run.iterate(state)
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
@@ -176,24 +205,25 @@ def test_the_allocator_says_the_same(kind: str, one_thread: None) -> None:
         now += event.nbytes()
         most = max(most, now)
     with TensorMemory() as tracker:
-        tracker.add(*state.roles, state.fake, state.student, *tables)
+        tracker.add(*tensors_of(state), *tables_of(state), *run.inputs())
         before = tracker.current
-        iterate(state)
+        run.iterate(state)
     # The difference is what operators take for themselves.
     assert 1e6 < 0.98 * most <= tracker.peak - before <= most
 
 
 def test_torch_s_own_tracker_says_the_same_where_it_can() -> None:
     """One call of one network; it refuses an iteration, which makes several."""
-    state, tables = in_fp32("none")
-    student, x, t = state.roles.student, torch.ones(2, *SHAPE), torch.tensor([3, 500])
+    state = Run(configure("full", "none", "no")).build()
+    student, x, t = state.networks.roles.student, torch.ones(2, *SHAPE), torch.tensor([3, 500])
     conditioning = Conditioning({"encoder_hidden_states": torch.ones(2, 9, 16)})
-    known = (*state.roles, state.fake, state.student, x, t, *tables, *conditioning.tensors.values())
 
     def run() -> None:
         student(x, t, conditioning).square().mean().backward()
         student.zero_grad()
 
+    run()
+    known = (*tensors_of(state), x, t, *tables_of(state), *conditioning.tensors.values())
     theirs, ours = MemTracker(), TensorMemory()
     theirs.track_external(*known)
     with theirs:
@@ -207,18 +237,21 @@ def test_torch_s_own_tracker_says_the_same_where_it_can() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("run", ["dropped", "lora"])
-def test_an_estimate_is_what_a_run_takes(run: str, kind: str) -> None:
-    found = estimate(lambda: estimate_2b.build(run, kind, SIZES), iterate, iterations=1)
+@pytest.mark.parametrize("roles", ["full", "lora"])
+def test_an_estimate_is_what_a_run_takes(roles: str, kind: str) -> None:
+    run = Run(configure(roles, kind))
+    found = estimate(run.build, run.iterate, iterations=1)
     with TensorMemory() as tracker:
         with tracker.phase("build"):
-            state = estimate_2b.build(run, kind, SIZES)
-        iterate(state, tracker.phase)
-        for role in state.roles:
-            role.model._layout_cache.clear()  # a real network keeps its tables, a fake one does not
-        assert found.state == tracker.current == state_bytes(state)
+            state = run.build()
+        run.iterate(state, tracker.phase)
+        for model in state.networks.models():
+            model._layout_cache.clear()  # type: ignore[union-attr, operator]  # a real network keeps its tables
+        inputs = sum(tensor.nbytes for tensor in run.inputs())  # real ones, which an estimate does not count
+        assert found.state == tracker.current - inputs == state_bytes(state)
     assert found.peak == pytest.approx(tracker.peak, rel=0.02)
-    assert found.phases.keys() == tracker.peaks.keys() >= {"build", "data", "rollout", "fake", "student", "optimiser"}
+    assert found.phases.keys() == tracker.peaks.keys() >= {"build", "rollout", "fake", "student", "optimiser"}
+    del tracker.peaks["other"]  # between the phases: a real network's tables, the inputs
     for phase, peak in tracker.peaks.items():
         assert found.phases[phase] == pytest.approx(peak, rel=0.03)
     assert found.phase == max(found.phases, key=lambda phase: found.phases[phase])
@@ -227,7 +260,8 @@ def test_an_estimate_is_what_a_run_takes(run: str, kind: str) -> None:
 def test_checkpointing_takes_less_and_the_first_update_makes_the_moments() -> None:
     peaks = {}
     for kind in ("none", "block"):
-        peaks[kind] = estimate(lambda kind=kind: estimate_2b.build("dropped", kind, SIZES), iterate, iterations=1).peak
+        run = Run(configure("full", kind))
+        peaks[kind] = estimate(run.build, run.iterate, iterations=1).peak
     assert peaks["block"] < 0.8 * peaks["none"]
 
     def build() -> tuple[nn.Linear, torch.optim.Optimizer]:

@@ -13,6 +13,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from tdm_fast.distill import TDMConfig, draw, fake_loss, rollout, student_loss
+from tdm_fast.memory import TensorMemory
 from tdm_fast.models import OpenSoraT2V_v1_3
 from tdm_fast.models.denoiser import Conditioning, Roles
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
@@ -86,6 +87,19 @@ def test_checkpointing_keeps_less_and_gives_the_same(kind: str) -> None:
     expected, found = (gradients(network, *inputs(2, 3, True)) for network in (plain, lean))
     assert torch.equal(expected[0], found[0])
     assert all(map(torch.equal, expected[1], found[1]))
+
+
+def test_selective_keeps_no_more_than_nothing_at_all_with_adapters() -> None:
+    """An adapter's second product is as wide as the layer's own, and hardly any work."""
+    kept = {}
+    for kind in ("none", "selective", "block"):
+        roles = make_networks(make_teacher(), kind="lora", lora_rank=1).roles
+        apply_checkpointing(roles.student.model, kind)  # type: ignore[arg-type]
+        with TensorMemory() as memory:
+            output = roles.student(*inputs(2, 3, False))
+            kept[kind] = memory.current
+        assert output.requires_grad
+    assert kept["block"] < kept["selective"] < kept["none"]
 
 
 def test_checkpointing_of_what_it_cannot_know_is_refused() -> None:
