@@ -46,6 +46,11 @@ class Model:
     latents: tuple[int, ...]
     tokens: int
     batch: int
+    networks: dict[str, Any] = field(default_factory=dict)
+    optimiser: dict[str, Any] = field(default_factory=dict)
+    """Flags of all its rungs, the reference's too, which a rung's own override."""
+    alone: bool = False
+    """So large that rungs are measured one after the other, not in turns: a device holds the networks of one."""
 
 
 def _network(layers: int, heads: int, head_dim: int, caption: int) -> dict[str, Any]:
@@ -56,13 +61,19 @@ def _network(layers: int, heads: int, head_dim: int, caption: int) -> dict[str, 
     }  # fmt: skip
 
 
+# What lets three networks of 2.8 B, two of them trained, into 80 GB.
+LARGE: Any = {
+    "networks": {"activation_checkpointing": "block"},
+    "optimiser": {"use_8bit_adam": True, "use_ema": False},
+    "alone": True,
+}
 MODELS = {
     "dry": Model("dry", {**_network(3, 2, 12, 8), "sparse_n": 2}, (8, 2, 4, 4), 3, 2),  # a look at the script itself
     # The sizes of the bundled teacher.
     "tiny": Model("tiny", {**_network(6, 4, 24, 64), "sparse_n": 2}, (8, 5, 8, 8), 7, 24),
     "50m": Model("50m", _network(13, 10, 48, 1024), (8, 5, 16, 16), 64, 2),
-    "2b": Model("2b", _network(32, 24, 96, 4096), (8, 8, 60, 80), 512, 1),
-    "2b-93x640x640": Model("2b-93x640x640", _network(32, 24, 96, 4096), (8, 24, 80, 80), 512, 1),
+    "2b": Model("2b", _network(32, 24, 96, 4096), (8, 8, 60, 80), 512, 1, **LARGE),
+    "2b-93x640x640": Model("2b-93x640x640", _network(32, 24, 96, 4096), (8, 24, 80, 80), 512, 1, **LARGE),
 }
 
 
@@ -88,8 +99,19 @@ LADDER = (
     Rung("torch.compile", networks={"compile": "on"}),
     Rung("shared index", networks={"compile": "on"}, tdm={"share_index": True}),
 )
+LORA = Rung(
+    "lora roles, rank 32",
+    networks={"compile": "on", "roles": "lora"},
+    tdm={"share_index": True},
+    optimiser={"use_8bit_adam": False},
+)
+"""Another method, hence no rung for networks that can be trained in full on the device."""
 MEMORY = tuple(
-    Rung(f"{roles}, {kind}", networks={"roles": roles, "activation_checkpointing": kind})
+    Rung(
+        f"{roles}, {kind}",
+        networks={"roles": roles, "activation_checkpointing": kind},
+        optimiser={"use_8bit_adam": False},
+    )
     for roles, kind in itertools.product(("full", "lora"), KINDS)
 )
 EIGHT_BIT = tuple(
@@ -98,6 +120,13 @@ EIGHT_BIT = tuple(
     if rung.networks["roles"] == "full"
 )
 """What a GPU's memory table has besides."""
+
+
+def ladder_of(model: Model) -> tuple[Rung, ...]:
+    """The rungs that a model can stand on."""
+    if not model.alone:
+        return LADDER
+    return (*(rung for rung in LADDER if rung.name != "fused AdamW"), LORA)
 
 
 @contextmanager
@@ -132,10 +161,12 @@ def make_prompts(model: Model) -> PromptCache:
 
 
 def make_config(rung: Rung, model: Model, *, per: str = "iteration", ema: bool = True) -> TrainConfig:
+    networks = {"compile": "off", "mixed_precision": "auto"} | model.networks | rung.networks
+    optimiser = {"train_batch_size": model.batch, "use_ema": ema, "lr_warmup_steps": 0}
     return TrainConfig(
         tdm=TDMConfig(index_per=per, seed=5, **rung.tdm),  # type: ignore[arg-type]
-        networks=NetworksConfig(**({"compile": "off", "mixed_precision": "auto"} | rung.networks)),
-        optimiser=OptimiserConfig(train_batch_size=model.batch, use_ema=ema, lr_warmup_steps=0, **rung.optimiser),
+        networks=NetworksConfig(**networks),
+        optimiser=OptimiserConfig(**(optimiser | model.optimiser | rung.optimiser)),  # type: ignore[arg-type]
     )
 
 
@@ -183,7 +214,7 @@ class Runner:
         self.rung, self.device, self.cache = rung, torch.device(device), make_prompts(model)
         self.config, self.shapes = make_config(rung, model, per=per, ema=ema), [model.latents]
         self.state: State = make_state(make_teacher(model, device), self.config)
-        if not rung.fused_adam:
+        if not (rung.fused_adam or self.config.optimiser.use_8bit_adam):
             for name in ("student_optimizer", "fake_optimizer"):
                 ours = getattr(self.state, name)
                 options = {key: ours.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}

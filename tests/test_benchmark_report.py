@@ -229,3 +229,12 @@ def test_dry_run(tmp_path: Path) -> None:
     assert measured == {*bench_cases.OPS, "copy", "sample_intervals"}
     table = result.with_suffix(".md").read_text()
     assert all(f"## {op}" in table for op in measured - {"copy"})
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_step(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/run_gpu", "--dry-run", "--step", "--commit", "a", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = tmp_path.glob("step-dry_*.json")
+    assert [row["rung"] for row in json.loads(result.read_text())["ladder"]][-1] == "shared index"

@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from bench_step import LADDER, MODELS, PAIRS, Runner, chosen_iterations, make_config
+from bench_step import LADDER, MEMORY, MODELS, PAIRS, Runner, chosen_iterations, ladder_of, make_config
 
 from tdm_fast.distill import draw, rolled_samples
 
@@ -35,6 +35,18 @@ def test_rungs_do_the_same_to_the_networks() -> None:
         assert moved.float().mean() < 0.2 or name.endswith("to_k.bias"), name
 
 
+def test_a_model_that_fills_a_device_has_a_ladder_of_its_own() -> None:
+    """Every rung of the 2B model, the reference too: 8-bit AdamW, no average, block checkpointing."""
+    rungs = ladder_of(MODELS["2b"])
+    assert [rung.name for rung in rungs][-2:] == ["shared index", "lora roles, rank 32"]
+    for rung in rungs[:-1]:
+        config = make_config(rung, MODELS["2b"])
+        assert config.optimiser.use_8bit_adam and not config.optimiser.use_ema
+        assert config.networks.activation_checkpointing == "block"
+    kinds = {rung.name: make_config(rung, MODELS["2b"]).networks.activation_checkpointing for rung in MEMORY}
+    assert set(kinds.values()) == {"none", "selective", "block"}
+
+
 def test_the_script_writes_its_table(tmp_path: Path) -> None:
     main = runpy.run_path(str(SCRIPT))["main"]
     flags = ["--model", "dry", "--device", "cpu", "--rounds", "1", "--rungs", "0,1,3", "--roles", "full"]
@@ -47,3 +59,12 @@ def test_the_script_writes_its_table(tmp_path: Path) -> None:
     table = found.with_suffix(".md").read_text()
     assert "| reference | " in table and "| full, block | " in table
     assert found.with_suffix(".png").stat().st_size > 0
+
+
+def test_an_estimate_is_written_without_running(tmp_path: Path) -> None:
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main(["--model", "dry", "--estimate", "--eight-bit", "--output", str(tmp_path)]) == 0
+    data = json.loads(next(tmp_path.glob("estimate-dry_*.json")).read_text())
+    peaks = {row["rung"]: row["peak_bytes"] for row in data["estimate"]}
+    assert len(peaks) == 9
+    assert peaks["full, block"] < peaks["full, selective"] < peaks["full, none"]
