@@ -70,7 +70,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 after a user's mistake or a full disk, 130 after Ctrl-C."""
+    """Run a command; returns the exit code.
+
+    0, 1 when a rank is lost, 2 after a user's mistake or a full disk, 130 after Ctrl-C, 143 when told to leave.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -99,12 +102,15 @@ def guarded(command: Callable[[], int]) -> int:
         from safetensors import SafetensorError
 
         from tdm_fast.checkpoint import SaveError
+        from tdm_fast.preemption import EXIT_CODE, Preempted, RankLost
 
-        mendable = isinstance(error, (ValueError, SaveError, OSError, SafetensorError))
-        if not mendable or os.environ.get("TDM_FAST_TRACEBACK") == "1":
+        codes = {Preempted: EXIT_CODE, RankLost: 1}
+        codes |= dict.fromkeys((ValueError, SaveError, OSError, SafetensorError), 2)
+        code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
+        if code is None or os.environ.get("TDM_FAST_TRACEBACK") == "1":
             raise
         print(f"tdm-fast: {error}", file=sys.stderr)
-        return 2
+        return code
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:

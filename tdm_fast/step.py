@@ -11,7 +11,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from tdm_fast.checkpoint import load_optimizer_tensors, optimizer_tensors
+from tdm_fast.checkpoint import Checkpoint, Groups, make_optimizer_state, optimizer_tensors
 from tdm_fast.config import OptimiserConfig, TrainConfig
 from tdm_fast.data import draw_prompts, draw_size
 from tdm_fast.distill import Draws, TDMConfig, draw, fake_loss, rollout, student_forward, student_loss
@@ -60,17 +60,13 @@ class State:
         }
         return groups | ({"ema": self.ema} if self.ema else {})
 
-    def restore(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-        """Inverse of `groups`."""
-        for role in ("student", "fake"):
-            self.networks.load(role, groups[role])
-        for name, average in self.ema.items():
-            average.copy_(groups["ema"][name])
-        load_optimizer_tensors(self.student_optimizer, groups["student_optimizer"])
-        load_optimizer_tensors(self.fake_optimizer, groups["fake_optimizer"])
-        self.guard.restore(groups["guard"])
-        self.iteration, self.seconds = int(meta["step"]), float(meta["seconds"])
-        self.peak_memory = int(meta["peak_memory_bytes"])
+    def restore(self, found: Checkpoint, load: Callable[[Checkpoint, Groups], None]) -> None:
+        """Go on from a checkpoint, with whose tensors `load` fills those that it is given."""
+        make_optimizer_state(self.student_optimizer, found.groups["student_optimizer"])
+        make_optimizer_state(self.fake_optimizer, found.groups["fake_optimizer"])
+        load(found, self.groups())
+        self.iteration, self.seconds = int(found.meta["step"]), float(found.meta["seconds"])
+        self.peak_memory = int(found.meta["peak_memory_bytes"])
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":  # before anything large is imported, so that Ctrl-C is heard
     from tdm_fast import cli
@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 from tdm_fast import tiny_shapes
 from tdm_fast.checkpoint import (
+    Checkpoint,
+    Checkpoints,
     SaveError,
     checkpoints,
     latest_checkpoint,
-    load_checkpoint,
-    locked,
-    save_checkpoint,
     truncate_log,
     write_atomically,
 )
@@ -52,6 +51,7 @@ from tdm_fast.metering import (
     speed,
 )
 from tdm_fast.models.loading import Pipeline, digest, load_pipeline
+from tdm_fast.preemption import Preempted, Preemption
 from tdm_fast.report import finish
 from tdm_fast.sample import generate
 from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_cannot_fit, with_batch_size
@@ -71,8 +71,8 @@ FREE_FLAGS = {
 def train(config: TrainConfig) -> dict[str, Any]:
     """Distil a teacher; returns what `metrics.json` in the run's folder holds.
 
-    Raises ValueError for a configuration that cannot work, before any work begins, and SaveError when the run's folder
-    cannot be written, with the last whole checkpoint intact.
+    Raises ValueError for a configuration that cannot work, before any work begins, SaveError when the run's folder
+    cannot be written, with the last whole checkpoint intact, and Preempted when SIGTERM or SIGUSR1 has ended the run.
     """
     began = time.monotonic()
     keep_memory()
@@ -86,8 +86,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # Now, because what is damaged must not show only when the training is over.
     yardstick = load_yardstick(teacher) if config.run.num_eval_videos else None
     prompts = prompts_of(config)
-    with locked(config.run.output_dir):
-        return run(config, teacher.to(device), prompts, yardstick, began)
+    with Checkpoints(config.run.output_dir, keep=config.run.checkpoints_total_limit) as store:
+        return run(config, teacher.to(device), prompts, yardstick, store, began)
 
 
 def latent_shapes(config: TrainConfig, teacher: Pipeline) -> list[tuple[int, ...]]:
@@ -96,13 +96,18 @@ def latent_shapes(config: TrainConfig, teacher: Pipeline) -> list[tuple[int, ...
 
 
 def run(
-    config: TrainConfig, teacher: Pipeline, prompts: list[str], yardstick: Yardstick | None, began: float
+    config: TrainConfig,
+    teacher: Pipeline,
+    prompts: list[str],
+    yardstick: Yardstick | None,
+    store: Checkpoints,
+    began: float,
 ) -> dict[str, Any]:
     """What `train` does in the run's folder, when everything that it is given has been found to work."""
     output = config.run.output_dir
     cache = prompt_cache(config, teacher, prompts)
     shapes = latent_shapes(config, teacher)
-    found = checkpoint_to_resume(config)
+    found = checkpoint_to_resume(config, store)
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None)
     mine = identity(config, cache)
     if found is not None:
@@ -112,7 +117,7 @@ def run(
     costs = measure_costs(config, teacher.denoiser, cache, shapes)
     state = make_state(teacher.denoiser, config)
     if found is not None:
-        resume(state, found)
+        resume(state, found, store)
     compile_now(state, cache, config, shapes)
     if state.compilations is not None:
         print(state.compilations, file=sys.stderr)
@@ -122,7 +127,8 @@ def run(
     student.denoiser = type(teacher.denoiser)(teacher.denoiser.model, teacher.schedule)
     student.timesteps = tuple(config.tdm.check())
     try:
-        loop(config, state, cache, student, shapes, costs, mine, began)
+        with Preemption() as preemption:
+            loop(config, state, cache, student, shapes, costs, mine, store, preemption, began)
     except OSError as error:
         last = latest_checkpoint(output)
         where = f"the last whole checkpoint is {last}" if last else "no checkpoint had been saved before"
@@ -193,9 +199,14 @@ def loop(
     shapes: Sequence[tuple[int, ...]],
     costs: Sequence[Costs],
     mine: dict[str, Any],
+    store: Checkpoints,
+    preemption: Preemption,
     began: float,
 ) -> None:
-    """Iterate to the end, with log, board, trace, samples (made with `student`) and checkpoints."""
+    """Iterate to the end, with log, board, trace, samples (made with `student`) and checkpoints.
+
+    Raises Preempted, with what has been done saved, when the run is to leave before its end.
+    """
     output, total, every = config.run.output_dir, config.optimiser.max_train_steps, config.run.logging_steps
     first, spent = state.iteration, state.seconds
     if first >= total:
@@ -216,8 +227,9 @@ def loop(
                 watch.add(batch, update(state, batch, config, watch.timer))
             traced()
             progress.update()
-            done = state.iteration == total
-            saving = done or state.iteration % config.run.checkpointing_steps == 0
+            store.check()
+            done, stop = state.iteration == total, preemption.agreed()
+            saving = done or stop is not None or state.iteration % config.run.checkpointing_steps == 0
             if saving or state.iteration % every == 0:
                 for row in watch.flush():
                     log.write(json_line(row))
@@ -225,14 +237,13 @@ def loop(
                     losses = {name: f"{row[f'loss_{name}']:.4g}" for name in ("fake", "student")}
                     progress.set_postfix(losses, refresh=False)
                 # After the rows, which name the samples, and before anything is saved.
-                state.guard.raise_if_stuck(config.run.max_skipped_steps, latest_checkpoint(output))
+                state.guard.raise_if_stuck(config.run.max_skipped_steps, store.last)
             # The picture first: a run killed between the two makes it again, and never goes on without it.
             if done or state.iteration % config.run.validation_steps == 0:
                 adopt(student, state, config)
                 validate(student, cache, output / "samples" / f"step-{state.iteration:06d}.png")
             if saving:
                 state.seconds = spent + time.monotonic() - began
-                keep = config.run.checkpoints_total_limit
                 state.peak_memory = max(state.peak_memory, peak_bytes(state.device))
                 meta = {
                     "seconds": state.seconds,
@@ -240,7 +251,11 @@ def loop(
                     "threads": torch.get_num_threads(),
                     "config": mine,
                 }
-                save_checkpoint(output, state.iteration, state.groups(), meta, keep=keep)
+                store.save(state.iteration, state.groups(), meta)
+            if done or stop is not None:
+                store.wait()
+            if stop is not None and not done:
+                raise Preempted(stop, state.iteration, store.last)
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
@@ -270,19 +285,26 @@ def identity(config: TrainConfig, cache: PromptCache) -> dict[str, Any]:
     return flags | {"model": f"sha256:{teacher}", "prompts": f"sha256:{fingerprint(cache.prompts)}"}
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint that a run goes on from, read."""
-
-    path: Path
-    groups: dict[str, dict[str, Tensor]]
-    meta: dict[str, Any]
-
-
-def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
-    """The checkpoint that `--resume_from_checkpoint` names, None where a run begins anew.
+def checkpoint_to_resume(config: TrainConfig, store: Checkpoints) -> Checkpoint | None:
+    """The checkpoint that `--resume_from_checkpoint` names, its tensors not read yet; None where a run begins anew.
 
     Raises ValueError when it is missing, damaged, no training run's, or when a run would bury another's checkpoints.
     """
+    path = store.on_main(lambda: path_to_resume(config))
+    if path is None:
+        return None
+    found = store.read(path)
+    needed = {"student", "fake", "student_optimizer", "fake_optimizer", "guard"}
+    absent = sorted((needed | ({"ema"} if config.optimiser.use_ema else set())) - found.groups.keys())
+    if found.meta.get("config") is None or absent:
+        raise ValueError(
+            f"{path} is no checkpoint of a training run: it lacks {', '.join(absent) or 'its configuration'}"
+        )
+    return found
+
+
+def path_to_resume(config: TrainConfig) -> Path | None:
+    """What `--resume_from_checkpoint` names. Raises ValueError where a run would bury another's checkpoints."""
     wanted, output = config.run.resume_from_checkpoint, config.run.output_dir
     if wanted == "none":
         if checkpoints(output):
@@ -292,17 +314,7 @@ def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
             )
         return None
     inside = output / wanted
-    path = latest_checkpoint(output) if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
-    if path is None:
-        return None
-    groups, meta = load_checkpoint(path)
-    needed = {"student", "fake", "student_optimizer", "fake_optimizer", "guard"}
-    absent = sorted((needed | ({"ema"} if config.optimiser.use_ema else set())) - groups.keys())
-    if meta.get("config") is None or absent:
-        raise ValueError(
-            f"{path} is no checkpoint of a training run: it lacks {', '.join(absent) or 'its configuration'}"
-        )
-    return Checkpoint(path, groups, meta)
+    return latest_checkpoint(output) if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
 
 
 def refuse_another_runs(found: Checkpoint, mine: dict[str, Any]) -> None:
@@ -316,9 +328,9 @@ def refuse_another_runs(found: Checkpoint, mine: dict[str, Any]) -> None:
         )
 
 
-def resume(state: State, found: Checkpoint) -> None:
+def resume(state: State, found: Checkpoint, store: Checkpoints) -> None:
     """Go on from a checkpoint."""
-    state.restore(found.groups, found.meta)
+    state.restore(found, store.load)
     print(f"going on from {found.path}", file=sys.stderr)
     if (threads := torch.get_num_threads()) != found.meta["threads"]:
         print(
