@@ -99,6 +99,7 @@ def guarded(command: Callable[[], int]) -> int:
         print("tdm-fast: stopped; the last whole checkpoint is intact", file=sys.stderr)
         return 130
     except Exception as error:
+        _record(error)
         from safetensors import SafetensorError
 
         from tdm_fast.checkpoint import SaveError
@@ -109,8 +110,22 @@ def guarded(command: Callable[[], int]) -> int:
         code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
         if code is None or os.environ.get("TDM_FAST_TRACEBACK") == "1":
             raise
-        print(f"tdm-fast: {error}", file=sys.stderr)
+        print(f"tdm-fast: {_rank()}{error}", file=sys.stderr)
         return code
+
+
+def _rank() -> str:
+    """Which rank speaks, if it is not the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
+
+
+def _record(error: Exception) -> None:
+    """Have torchrun say which rank's error ended the run: the earliest that was recorded."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:

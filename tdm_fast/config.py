@@ -57,7 +57,7 @@ class NetworksConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, block by block. `auto` takes it on a GPU; on a CPU compiling takes a minute or more."""
     sharding: Sharding = "full"
-    """How several ranks (torchrun, accelerate launch) hold the weights. `none`: whole on every rank, gradients averaged.
+    """How several ranks (torchrun, accelerate launch) hold weights. `none`: whole on every rank, gradients averaged.
     `full`: in shards over all ranks. `hybrid`: in shards inside a machine, or over `shard_size` ranks, with copies
     across."""
     shard_size: int | None = None
@@ -65,8 +65,8 @@ class NetworksConfig:
     context_parallel: int = 1
     """How many ranks share a sample and split its tokens; it must divide the model's attention heads."""
     reshard_after_forward: bool = True
-    """Drop a block's gathered weights after its forward and gather them again for its backward. Off, they are kept: less
-    to communicate, and the memory of one whole network in the dtype of computation."""
+    """Drop a block's gathered weights after its forward and gather them again for its backward. Off, they are kept:
+    less to communicate, and the memory of one whole network in the dtype of computation."""
 
 
 @dataclass(kw_only=True)

@@ -10,13 +10,14 @@ What one iteration communicates, per network of P weights in the dtype of comput
 
 An iteration whose draws need no rollout gathers nothing for it. With `share_index` the student's forward takes the
 rollout's weights, and its backward gathers P. Weights that are kept from a forward to its backward
-(`reshard_after_forward` off), or over the parts of an accumulated gradient, are gathered once, P, for both. Every update
-adds one sum of two numbers, its norm and its loss. Where every rank has all weights (`--sharding none`) nothing is
-gathered, and all gradients are all-reduced.
+(`reshard_after_forward` off), or over the parts of an accumulated gradient, are gathered once, P, for both. Every
+update adds one sum of two numbers, its norm and its loss. Where every rank has all weights (`--sharding none`) nothing
+is gathered, and all gradients are all-reduced. With copies (`hybrid`) a reduced shard is all-reduced across them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,8 @@ def shard_(networks: Networks, ranks: Ranks, *, bf16: bool = False, reshard_afte
     """
     if ranks.weights is None:
         return
+    # Nothing changes an output in place, which is what this warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for model in networks.models():
         adapters = {p for p in model.parameters() if p.requires_grad} if networks.adapters else set()
         trains = any(p.requires_grad for p in model.parameters() if p not in adapters)
@@ -136,7 +139,9 @@ def fill_(models: Sequence[nn.Module], folder: Path, device: torch.device) -> No
                     old = getattr(module, leaf)
                     piece = tensors.get_slice(name)
                     if tuple(piece.get_shape()) != tuple(old.shape):
-                        raise ValueError(f"{file}: {name} is {piece.get_shape()}; the config makes it {list(old.shape)}")
+                        raise ValueError(
+                            f"{file}: {name} is {piece.get_shape()}; the config makes it {list(old.shape)}"
+                        )
                     if rows is None:
                         shape, offset = compute_local_shape_and_global_offset(
                             old.shape, old.device_mesh, old.placements
@@ -175,12 +180,13 @@ def collect(
     weights: Mapping[str, Tensor],
     ranks: Ranks,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
 ) -> Collected | None:
-    """The student's `weights`, and its base, on rank 0; None on the others. To be called by all ranks.
+    """The student's `weights`, and its base, on rank 0 and `device`; None on the others. To be called by all ranks.
 
-    They are gathered one tensor at a time; rank 0 alone keeps them.
+    They are gathered one tensor at a time; rank 0 alone keeps them. One process shares memory with what it has.
     """
+    if ranks.world == 1:
+        return Collected(dict(weights), None)
 
     def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
@@ -188,7 +194,7 @@ def collect(
             one = tensor.detach()
             one = one.full_tensor() if isinstance(one, DTensor) else one
             if ranks.is_main:
-                found[name] = one.to(device, dtype)
+                found[name] = one.to(device)
         return found
 
     own = gathered(weights)

@@ -154,7 +154,9 @@ def make_optimizer(parameters: Sequence[Tensor], rate: float, config: OptimiserC
     }
     # One kernel takes sharded parameters or whole ones.
     sharded = [isinstance(p, DTensor) for p in parameters]
-    kinds = [[p for p, is_sharded in zip(parameters, sharded, strict=True) if is_sharded == kind] for kind in (True, False)]
+    kinds = [
+        [p for p, is_sharded in zip(parameters, sharded, strict=True) if is_sharded == kind] for kind in (True, False)
+    ]
     groups: list[Any] = [{"params": kind} for kind in kinds if kind]
     if not config.use_8bit_adam:
         return torch.optim.AdamW(groups, fused=True, **options)
@@ -194,7 +196,9 @@ class Batch(NamedTuple):
     def parts(self, count: int) -> list[Batch]:
         """The batch in `count` equal parts."""
         size = len(self.latents) // count
-        return [self] if count == 1 else [self._part(slice(start, start + size)) for start in range(0, count * size, size)]
+        return (
+            [self] if count == 1 else [self._part(slice(start, start + size)) for start in range(0, count * size, size)]
+        )
 
     def _part(self, rows: slice) -> Batch:
         def of(intervals: Intervals) -> Intervals:
@@ -259,10 +263,16 @@ def update(state: State, batch: Batch, config: TrainConfig, phase: Phase) -> dic
     """One iteration: the fake-score updates, the student update, the average. Waits for the device nowhere.
 
     Returns what it says of itself, scalars on the device and the same on all ranks. Its parts run inside
-    `phase("rollout")` and the like. With gradients accumulated the parts of the batch take turns in every phase, so that
-    weights are gathered once for all of them; with `share_index` what the student's backward needs is kept of them all.
+    `phase("rollout")` and the like. With gradients accumulated the parts of the batch take turns in every phase, so
+    that weights are gathered once for all; with `share_index` what the student's backward needs is kept of them all.
     """
-    iteration, o, roles, device, ranks = state.iteration, config.optimiser, state.networks.roles, state.device, state.ranks
+    iteration, o, roles, device, ranks = (
+        state.iteration,
+        config.optimiser,
+        state.networks.roles,
+        state.device,
+        state.ranks,
+    )
     student, teacher, fake = (role.model for role in roles)
     shared = state.networks.adapters is not None  # one network for all roles: what is gathered once serves all calls
     steps = o.gradient_accumulation_steps
@@ -283,7 +293,9 @@ def update(state: State, batch: Batch, config: TrainConfig, phase: Phase) -> dic
         # Ranks of one context have parts of the gradient, whose mean is taken with the others'.
         (loss * (ranks.context / steps) if ranks.context > 1 or steps > 1 else loss).backward()
 
-    def step(role: str, optimizer: torch.optim.Optimizer, losses: list[Tensor], max_norm: float | None = None) -> Update:
+    def step(
+        role: str, optimizer: torch.optim.Optimizer, losses: list[Tensor], max_norm: float | None = None
+    ) -> Update:
         if ranks.world > 1:
             with phase("communication"):
                 mean_gradients_([p for group in optimizer.param_groups for p in group["params"]], ranks)
@@ -322,7 +334,11 @@ def update(state: State, batch: Batch, config: TrainConfig, phase: Phase) -> dic
         losses_fake.append(done_fake.loss)
 
     losses = []
-    with phase("student"), gathered(student, when=keep or shared), gathered(teacher, fake, when=steps > 1 and not shared):
+    with (
+        phase("student"),
+        gathered(student, when=keep or shared),
+        gathered(teacher, fake, when=steps > 1 and not shared),
+    ):
         for number, part in enumerate(parts):
             with computing():
                 loss = student_loss(

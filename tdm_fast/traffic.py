@@ -26,9 +26,9 @@ PAYLOADS = {
 class Traffic(TorchDispatchMode):
     """Counts, inside the `with` block, the bytes of collectives by (phase, role, collective).
 
-    A gather counts what it gives, a reduction (reduce-scatter) what it takes, an all-reduce its tensor: each the size of
-    the whole tensor. Of n ranks each one sends and receives (n - 1) / n of it, and for an all-reduce twice that. Groups
-    of one rank count nothing. The role is the network being called, or, in a backward, the one that the phase trains.
+    A gather counts what it gives, a reduction (reduce-scatter) what it takes, an all-reduce its tensor: each the size
+    of the whole tensor. Of n ranks each one sends and receives (n - 1) / n of it, and for an all-reduce twice that.
+    Groups of one rank count nothing. The role is the network being called, or, in a backward, the one that trains.
     """
 
     def __init__(self, roles: Roles) -> None:

@@ -32,7 +32,7 @@ class AdapterLinear(nn.Linear):
 
     @classmethod
     def like(cls, base: Tensor, weight: Tensor, device: torch.device | None = None) -> AdapterLinear:
-        """With this weight, on `base`'s device or another, in its dtype or fp32: bf16 would round small updates away."""
+        """With this weight, on `base`'s device or another, in its dtype or fp32, as bf16 rounds small updates away."""
         linear = cls(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight.to(device or base.device, torch.promote_types(base.dtype, torch.float32)))
         return linear
@@ -55,7 +55,15 @@ class Adapters:
     Raises ValueError when the model has adapters already or no `transformer_blocks` with such linears.
     """
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], rank: int, alpha: float, seed: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: tuple[str, ...],
+        rank: int,
+        alpha: float,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
         # Importing peft takes more than a second, which networks without adapters need not wait for.
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
@@ -124,7 +132,9 @@ class Adapters:
         return {name.replace(".base_layer.", "."): value for name, value in state if ".lora_" not in name}
 
     @torch.no_grad()
-    def merged_state(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def merged_state(
+        self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """`base_state` with W + (alpha / rank) B A of the adapter `weights` in W's place, rounded once to W's dtype.
 
         `base` is what `base_state` gives if not given: a sharded network's has to be collected first.

@@ -132,7 +132,7 @@ def load_pipeline(folder: Path, *, empty: Collection[str] = ()) -> Pipeline:
     own = _few_step(folder, schedule.num_train_timesteps)
     if "transformer" in empty and (own.adapter or own.trajectories):
         raise ValueError(
-            f"{folder}: a student with an adapter or biases beside it is not loaded shard by shard; --sharding none does"
+            f"{folder}: a student with an adapter or biases beside it is not loaded in shards; --sharding none would do"
         )
     if own.adapter is not None:
         _merge_adapter(parts["transformer"], folder / own.adapter)
@@ -329,8 +329,10 @@ def empty_network(folder: Path, cls: Any) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        return cls(cls.config_class.from_pretrained(folder)) if cls is T5EncoderModel else cls.from_config(
-            cls.load_config(folder)
+        return (
+            cls(cls.config_class.from_pretrained(folder))
+            if cls is T5EncoderModel
+            else cls.from_config(cls.load_config(folder))
         )
 
 

@@ -128,7 +128,9 @@ class Networks:
         from accelerate import init_empty_weights
 
         own = self._student(weights)
-        state = self.adapters.merged_state(own, base) if self.adapters else {**self.roles.student.model.state_dict(), **own}
+        state = (
+            self.adapters.merged_state(own, base) if self.adapters else {**self.roles.student.model.state_dict(), **own}
+        )
         state = {name: value.detach() for name, value in state.items() if name != STEPS_WEIGHT}
         if self.unify:
             state[f"{self._time_embedding()}.bias"] = self.biases(own, base)[self._known(num_steps)]
