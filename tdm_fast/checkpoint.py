@@ -91,14 +91,15 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of a run's folder; entered by all of the run's ranks, which must share the file system.
 
-    Inside, other runs are kept out of the folder. Every method but `check` and `last` is to be called by all ranks.
+    Inside, other runs are kept out of the folder. All methods are to be called by all ranks.
 
         with Checkpoints(folder, ranks, keep=2) as store:
             found = store.read(store.newest)            # shapes and meta, before networks exist
             store.load(found, groups)                   # in place, tensors plain or sharded in any way
             ...
             store.save(step, groups, meta)              # waits only for the copies
-            store.check()                               # at every step: SaveError, if the save has failed since
+            if store.failed:                            # on any rank, at every step
+                store.wait()                            # raises SaveError
     """
 
     def __init__(self, folder: Path, ranks: Ranks | None = None, *, keep: int | None = None) -> None:
@@ -205,10 +206,10 @@ class Checkpoints:
         )
         self._thread.start()
 
-    def check(self) -> None:
-        """Raise SaveError if the save in the background has failed; waits for nothing."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background has ended with an error, which `wait` raises; waits for nothing."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Wait for the save in the background. Raises SaveError when it failed; the ones before are intact."""
@@ -392,6 +393,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return groups, found.meta
 
 
+def first_words(error: Exception) -> str:
+    """What gloo says went wrong, without where in its source and what it guesses."""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).strip()).split(". ", 1)[0]
+
+
 def gloo_group(limit: timedelta) -> dist.ProcessGroup:
     """A group of all ranks of its own, on CPUs; made by all of them at the same point of the program."""
     group = dist.new_group(backend="gloo", timeout=limit)
@@ -445,8 +451,15 @@ class _HashedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        with _HashedFile(io.FileIO(path, mode)) as stream:
-            yield stream
+        try:
+            with _HashedFile(io.FileIO(path, mode)) as stream:
+                yield stream
+        except RuntimeError as error:
+            # Where a disk is full torch.save says only that it cannot end its archive.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
         self.files[Path(path).name] = {"bytes": stream.size, "sha256": stream.digest.hexdigest()}
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -503,7 +516,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if collective:
-        return f"a rank has died, or does not answer ({str(error).strip().splitlines()[0]})"
+        return f"a rank has died, or does not answer ({first_words(error)})"
     return str(error) or type(error).__name__
 
 

@@ -18,12 +18,12 @@ import threading
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from tdm_fast.checkpoint import Alone, Ranks, gloo_group
+from tdm_fast.checkpoint import Alone, Ranks, first_words, gloo_group
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 128 + signal.SIGTERM
@@ -41,6 +41,15 @@ class Preempted(Exception):
 
 class RankLost(RuntimeError):
     """A rank has died or does not answer; this one must end, too, and save nothing."""
+
+
+class Agreed(NamedTuple):
+    """What the ranks have agreed on at the end of an iteration."""
+
+    stop: signal.Signals | None
+    """The signal by which one of them has been told to leave."""
+    failing: bool
+    """Whether one of them is failing, so that all must."""
 
 
 class Preemption:
@@ -74,21 +83,21 @@ class Preemption:
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.heard = number
 
-    def agreed(self) -> signal.Signals | None:
-        """The signal that any of the ranks has got until now; the same answer on all of them. Waits for no device.
+    def agreed(self, *, failing: bool = False) -> Agreed:
+        """What any of the ranks has heard, or says of itself, until now; the same on all of them. Waits for no device.
 
         Raises RankLost when a rank has died, or has not called this for `limit`.
         """
         heard = self.heard
         if self._group is not None:
-            told = torch.tensor(heard, dtype=torch.int32)
+            told = torch.tensor([heard, failing], dtype=torch.int32)
             try:
                 dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
             except RuntimeError as error:
                 raise RankLost(
-                    f"another rank has died, or has not answered for {self.limit.seconds} s; this one ends, too, and"
-                    " nothing is saved: the same command goes on from the last whole checkpoint"
-                    f" ({str(error).strip().splitlines()[0]})"
+                    f"another rank has died, or has not answered for {self.limit.total_seconds():g} s"
+                    f" ({first_words(error)}); this one ends, too, and saves nothing: the same command goes on from the"
+                    " last whole checkpoint"
                 ) from error
-            heard = int(told.item())
-        return signal.Signals(heard) if heard else None
+            heard, failing = int(told[0]), bool(told[1])
+        return Agreed(signal.Signals(heard) if heard else None, failing)

@@ -257,8 +257,10 @@ def loop(
                 watch.add(batch, update(state, batch, config, watch.timer))
             traced()
             progress.update()
-            store.check()
-            done, stop = state.iteration == total, preemption.agreed()
+            stop, failing = preemption.agreed(failing=store.failed)
+            if failing:
+                store.wait()  # raises SaveError
+            done = state.iteration == total
             saving = done or stop is not None or state.iteration % config.run.checkpointing_steps == 0
             if saving or state.iteration % every == 0:
                 for row in watch.flush():
