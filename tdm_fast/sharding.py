@@ -74,16 +74,18 @@ def whole(*models: nn.Module, when: bool = True, reshard_after_forward: bool = T
     the weights as it goes. `reshard_after_forward` is what holds afterwards. Does nothing unless `when`.
     """
     roots = [model for model in models if when and isinstance(model, FSDPModule)]
+    handles = []
     for root in roots:
         root.set_reshard_after_forward(False)
-        for module in _sharded_modules(root):  # type: ignore[arg-type]
-            module.unshard(async_op=True)
+        handles += [module.unshard(async_op=True) for module in _sharded_modules(root)]  # type: ignore[arg-type]
     try:
         yield
     finally:
+        for handle in handles:  # of what was not used; others have waited
+            if handle is not None:
+                handle.wait()
         for root in roots:
             for module in _sharded_modules(root):  # type: ignore[arg-type]
-                module.unshard()  # an unused one waits for what was begun
                 module.reshard()
             root.set_reshard_after_forward(reshard_after_forward)
             root.set_reshard_after_forward(False, recurse=False)
@@ -97,10 +99,16 @@ def accumulate(model: nn.Module, *, last: bool) -> None:
         model.set_reshard_after_backward(last)
 
 
-def forget_calls(model: nn.Module) -> None:
-    """Drop what FSDP2 notes of every forward for a backward that, in a frozen network, never comes to clear it."""
-    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
-        model.reset_iter_state()
+def after_forwards(model: nn.Module) -> None:
+    """After forwards without a backward: drop what those leave to it, the root's weights and notes of every call.
+
+    Weights that stayed would also take the place of the shards among the network's parameters.
+    """
+    if isinstance(model, FSDPModule):
+        for module in _sharded_modules(model):
+            module.reshard()
+        if hasattr(model, "reset_iter_state"):  # torch 2.13 or later; before, the notes of a frozen network add up
+            model.reset_iter_state()
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from tdm_fast.models.roles import Networks, make_networks, tell
 from tdm_fast.parallel import Compilations, apply_checkpointing, compile_blocks, compile_bound, warm_up
 from tdm_fast.philox import randn
 from tdm_fast.ranks import Ranks
-from tdm_fast.sharding import accumulate, fill_, forget_calls, mean_gradients_, shard_, whole
+from tdm_fast.sharding import accumulate, after_forwards, fill_, mean_gradients_, shard_, whole
 from tdm_fast.text import PromptCache
 
 
@@ -305,8 +305,8 @@ def update(state: State, batch: Batch, config: TrainConfig, phase: Phase) -> dic
         return done
 
     outputs: list[Tensor | None] = [None] * steps
-    with gathered(student, when=bool(batch.draws.needed) or tdm.share_index):
-        with phase("rollout"), computing():
+    with phase("rollout"), gathered(student, when=bool(batch.draws.needed) or tdm.share_index):
+        with computing():
             rolled = [
                 rollout(roles.student, part.latents, part.conditioning, roles.student.schedule, tdm, drawn)
                 for part, drawn in zip(parts, draws, strict=True)
@@ -348,8 +348,8 @@ def update(state: State, batch: Batch, config: TrainConfig, phase: Phase) -> dic
             backward(loss, student, number)
             losses.append(loss)
             outputs[number] = None
-    if not shared:
-        forget_calls(teacher)
+    for model in {teacher, fake}:
+        after_forwards(model)
     with phase("optimiser"):
         for group in state.student_optimizer.param_groups:
             group["lr"] = state.student_rate(iteration)

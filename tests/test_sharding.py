@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,7 +69,11 @@ def rows_of(config: TrainConfig, iterations: int) -> list[Any]:
 def assert_same(found: list[Any], wanted: list[Any], rtol: float = 1e-5) -> None:
     for name in ("loss_fake", "loss_student"):
         ours, theirs = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for rows in (found, wanted))
-        assert torch.allclose(ours, theirs, rtol=rtol, atol=0), (name, ours / theirs - 1)
+        assert torch.allclose(ours, theirs, rtol=rtol, atol=0), (
+            name,
+            (ours / theirs - 1).abs().max(),
+            [f"{x:.1e}" for x in ours / theirs - 1],
+        )
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -174,9 +179,7 @@ def test_bf16_halves_the_gathers_and_not_the_reductions(config: TrainConfig) -> 
         ("rollout", "student", "gather"): 2 * p,
         ("fake", "fake", "gather"): 2 * p,
         ("fake", "fake", "reduce"): 4 * p,
-        ("student", "student", "gather"): 2 * p,
-        ("student", "teacher", "gather"): 2 * p,
-        ("student", "fake", "gather"): 2 * p,
+        ("student", "student", "gather"): 3 * 2 * p,  # of all three roles, before the first of them is called
         ("student", "student", "reduce"): 4 * p,
         **SUMS,
     }
@@ -184,7 +187,7 @@ def test_bf16_halves_the_gathers_and_not_the_reductions(config: TrainConfig) -> 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_bytes_of_adapters(parts: int, config: TrainConfig) -> None:
-    """The base P is gathered once for the rollout and for the student's update, P + B or, in parts, P for the fake's."""
+    """The base is gathered once for the rollout and the student's update, for the fake's twice or, in parts, once."""
     config = with_flags(config, roles="lora", lora_rank=2, gradient_accumulation_steps=parts)
     found, roles = run_ranks(2, traffic_of, config)[0]
     p, b, adapter = roles["student"]
@@ -243,7 +246,7 @@ def test_one_ranks_nan_skips_the_update_on_all(world: int, flags: dict[str, Any]
     for weights, rows in run_ranks(world, poisoned, config, world - 1):
         moved = [
             any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-            for before, after in zip(weights, weights[1:], strict=False)
+            for before, after in itertools.pairwise(weights)
         ]
         assert moved == [True, False, True]
         assert [row["skipped_student"] for row in rows] == [0, 1, 0]
@@ -260,10 +263,9 @@ def loaded(config: TrainConfig) -> Any:
         largest = Largest()
         with TensorMemory("cpu") as memory, largest:
             state = make_state(teacher.denoiser, config, ranks, config.model.model / "transformer")
-        models = [m for m in state.networks.models()]
         total = sum(p.nbytes for p in state.networks.roles.student.model.parameters())
         names = {n: p.full_tensor() for n, p in state.networks.roles.fake.model.named_parameters()}
-        local = sum(p.to_local().nbytes for m in models for p in m.parameters())
+        local = sum(p.to_local().nbytes for m in state.networks.models() for p in m.parameters())
         return memory.peak, memory.current, largest.bytes, total, local, names
 
 
@@ -275,7 +277,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and not isinstance(result, DTensor) and not result.is_meta:
-            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+            self.bytes = max(self.bytes, result.nbytes)
         return result
 
 
