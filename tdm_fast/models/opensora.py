@@ -228,7 +228,8 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if context is not None:
             rows = context.rows(tokens, max(subsequences for subsequences, _ in layouts) ** 2)
             layouts = {kind: layout.shared(context, rows) for kind, layout in layouts.items()}
-            x = layouts[NATURAL_ORDER].arrange(x[:, context.own(tokens, rows)].clone())  # the rest is not kept
+            own = x[:, context.own(tokens, rows)].clone(memory_format=torch.contiguous_format)  # the rest is not kept
+            x = layouts[NATURAL_ORDER].arrange(own)
 
         order = NATURAL_ORDER
         x = x.contiguous()  # as between blocks, so that the first one is no other program to torch.compile
