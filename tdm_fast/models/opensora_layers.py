@@ -188,7 +188,8 @@ class SelfAttention(Attention):
         padding = together.shape[1] - layout.attended // layout.subsequences
         if padding:
             together = together[:, :-padding]
-        out = self._attend(*together.unbind(2), layout.mask)
+        query, key, value = together.unbind(2)
+        out = self._attend(query, key, value, layout.mask)
         if padding:
             out = F.pad(out, (0, 0, 0, 0, 0, padding))
         return heads_to_tokens(out, layout.context, layout.subsequences)
