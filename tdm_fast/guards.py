@@ -134,7 +134,7 @@ def average_(averages: Sequence[Tensor], parameters: Sequence[Tensor], share: fl
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; a plain tensor as it is."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def name_samples(row: dict[str, Any], samples: range, prompts: Sequence[int]) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -155,7 +155,7 @@ def joined(
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bound = {"device_id": device} if device.type == "cuda" else {}
+    bound: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     try:
         dist.init_process_group("nccl" if bound else "gloo", timeout=PATIENCE, **bound)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "context"))

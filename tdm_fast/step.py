@@ -202,11 +202,16 @@ class Batch(NamedTuple):
 
     def _part(self, rows: slice) -> Batch:
         def of(intervals: Intervals) -> Intervals:
-            return Intervals(*(tensor[rows] for tensor in intervals[:-1]), intervals.steps[rows])
+            k, t_gen, t_mid, t, steps = intervals
+            return Intervals(k[rows], t_gen[rows], t_mid[rows], t[rows], steps[rows])
 
-        draws = Draws(tuple(map(of, self.draws.fake)), of(self.draws.student), self.draws.needed)
-        own = {"prompts": self.prompts[rows], "conditioning": self.conditioning[rows], "latents": self.latents[rows]}
-        return self._replace(draws=draws, sample_offset=self.sample_offset + rows.start, **own)
+        return self._replace(
+            prompts=self.prompts[rows],
+            conditioning=self.conditioning[rows],
+            latents=self.latents[rows],
+            draws=Draws(tuple(map(of, self.draws.fake)), of(self.draws.student), self.draws.needed),
+            sample_offset=self.sample_offset + rows.start,
+        )
 
 
 def make_batch(

@@ -57,7 +57,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and (name := func._schema.name.split("::")[1]) in PAYLOADS:
             collective, position = PAYLOADS[name]
-            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in a._type().name())
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in a._type().name())  # type: ignore[attr-defined]
             if torch.distributed.ProcessGroup.unbox(group).size() > 1:
                 tensors = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)]
                 self.bytes[self._phase, self._role, collective] += sum(tensor.nbytes for tensor in tensors)

@@ -121,6 +121,25 @@ def test_copies_of_shards(flags: dict[str, Any], config: TrainConfig) -> None:
         assert_same(rows, alone)
 
 
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (2, {}),
+        (2, {"roles": "lora", "lora_rank": 2, "unify": (2, 4)}),
+        (2, {"sharding": "none"}),
+        (4, {"sharding": "hybrid", "shard_size": 2}),
+    ],
+    ids=["full", "lora", "none", "hybrid"],
+)
+def test_ranks_that_share_a_sample(world: int, flags: dict[str, Any], config: TrainConfig) -> None:
+    """Two ranks split the tokens of every sample; on four, two such pairs have samples of their own."""
+    config = with_flags(config, **flags)
+    _, alone = iterate(config, Ranks(), 3)
+    for rows, _ in run_ranks(world, rows_of, with_flags(config, context_parallel=2), 3):
+        assert_same(rows, alone)
+        assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in alone], rel=1e-4)
+
+
 # ---- bytes
 
 
