@@ -95,7 +95,8 @@ def test_two_agents_are_two_nodes(alone: Path, tiny_teacher: Path, tmp_path: Pat
 
 
 def test_accelerate_launches_it_too(alone: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    launcher = ["accelerate.commands.launch", "--cpu", "--multi_cpu", "--num_processes", "2", "--num_machines", "1"]
+    """As for GPUs, which starts processes as torchrun does, GPUs or not; for CPUs it asks for MPI."""
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     process = start(launcher, tiny_teacher, tmp_path / "run", "--sharding", "none", "--roles", "full")
     said = ended(process)

@@ -106,8 +106,8 @@ def test_two_ranks_are_one(flags: dict[str, Any], config: TrainConfig) -> None:
 
 
 def test_twenty_iterations(config: TrainConfig) -> None:
-    # Adam without momentum divides a gradient by its own size, so that rounding grows with the rate.
-    config = with_flags(config, learning_rate=1e-4)
+    """At the default rates: Adam without momentum divides a gradient by its size, so rounding grows with the rate."""
+    config = with_flags(config, learning_rate=2e-5)
     _, alone = iterate(config, Ranks(), 20)
     assert_same(run_ranks(2, rows_of, config, 20)[0][0], alone)
 
