@@ -289,13 +289,14 @@ def loaded(config: TrainConfig) -> Any:
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest tensor with memory that an operator makes."""
+    """The largest tensor with memory of its own that an operator makes: safetensors' are views of a mapped file."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not isinstance(result, DTensor) and not result.is_meta:
+        view = func.is_view or func is torch.ops.aten.set_.source_Storage
+        if isinstance(result, torch.Tensor) and not isinstance(result, DTensor) and not result.is_meta and not view:
             self.bytes = max(self.bytes, result.nbytes)
         return result
 
