@@ -4,9 +4,10 @@ Schedulers send one of them some time before they kill. Any rank may get it, at 
 the ranks agree at the end of every iteration. The exit code is 143, which is what a process ended by SIGTERM has: 0
 would tell a scheduler (Slurm, Kubernetes, torchrun) that the run is finished and needs no second start.
 
-Under torchrun: the agent hands SIGTERM on to its ranks, but SIGUSR1 only if the environment says so,
-`TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`; without that it dies of it. It kills what has
-not ended after 30 seconds: the iteration, samples that are due and the save have to fit in there.
+Under torchrun: the agent hands SIGTERM on to its ranks, but SIGUSR1 only if it is told to: with the environment's
+`TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`, or, where torchrun has that flag and overwrites
+the variable, `--signals-to-handle` with the same list. Otherwise the agent dies of it and leaves its ranks alone. It
+kills what has not ended after 30 seconds: the iteration, samples that are due and the save have to fit in there.
 
 When a rank has died torchrun sends SIGTERM to the others, too. They cannot agree any more, so nobody tries to save.
 """

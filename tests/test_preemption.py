@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import checkpoint_jobs as jobs
 import few_ranks
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 
 from tdm_fast import cli
 from tdm_fast.checkpoint import checkpoints, latest_checkpoint
@@ -126,7 +128,9 @@ def torchrun(*arguments: object, **environment: str) -> subprocess.Popen[str]:
 def test_torchrun_hands_the_signal_on(tmp_path: Path) -> None:
     signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     run = tmp_path / "run"
-    job = torchrun(TORCHRUN_JOB, run, 10**6, TORCHELASTIC_SIGNALS_TO_HANDLE=signals)
+    known = "signals_to_handle" in inspect.signature(LaunchConfig).parameters
+    flags = ["--signals-to-handle", signals] if known else []
+    job = torchrun(*flags, TORCHRUN_JOB, run, 10**6, TORCHELASTIC_SIGNALS_TO_HANDLE=signals)
     wait_for(lambda: latest_checkpoint(run))
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -203,6 +204,26 @@ def test_ctrl_c_is_one_line_and_code_130(
     assert_same_run(finished, output)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_told_to_leave_saves_and_goes_on(
+    number: signal.Signals, finished: Path, tiny_teacher: Path, start_command: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    flags = [*FLAGS, "--checkpointing_steps", 100]
+    command = start_command("train", "--model", tiny_teacher, "--output_dir", output, *flags)
+    wait_for(lambda: len(rows(output)) >= 2)
+    os.kill(command.process.pid, number)
+    assert command.wait() == 143, command.errors()
+    done = rows(output)[-1]["step"]
+    assert done < STEPS and [path.name for path in checkpoints(output)] == [f"checkpoint-{done}"]
+    assert command.errors().strip().splitlines()[-1] == (
+        f"tdm-fast: stopped by {number.name} after iteration {done}, which is saved in {output}/checkpoint-{done}; the"
+        " same command goes on from there"
+    )
+    assert start_command("train", "--model", tiny_teacher, "--output_dir", output, *FLAGS).wait() == 0
+    assert_same_run(finished, output)
+
+
 @pytest.mark.parametrize(
     ("file_limit", "flags", "says"),
     [
@@ -268,6 +289,17 @@ def test_two_and_two_iterations_are_four(config: TrainConfig, tmp_path: Path, mo
     train(again)  # nothing left to do
     assert before == {path: path.read_bytes() for path in before}
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(moved(config, tmp_path / "steady"))
+    moments = itertools.cycle([2e9, 1.0, 4e9, 1e9])
+    monkeypatch.setattr(time, "time", lambda: next(moments))
+    train(moved(config, tmp_path / "jumping", checkpointing_steps=1))
+    assert_same_run(tmp_path / "steady", tmp_path / "jumping")
+    assert [path.name for path in checkpoints(tmp_path / "jumping")] == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(config: TrainConfig, tmp_path: Path) -> None:
