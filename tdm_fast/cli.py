@@ -70,7 +70,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 after a user's mistake or a full disk, 130 after Ctrl-C."""
+    """Run a command; returns the exit code.
+
+    0, 1 when a rank is lost, 2 after a user's mistake or a full disk, 130 after Ctrl-C, 143 when told to leave.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -96,15 +99,33 @@ def guarded(command: Callable[[], int]) -> int:
         print("tdm-fast: stopped; the last whole checkpoint is intact", file=sys.stderr)
         return 130
     except Exception as error:
+        _record(error)
         from safetensors import SafetensorError
 
         from tdm_fast.checkpoint import SaveError
+        from tdm_fast.preemption import EXIT_CODE, Preempted, RankLost
 
-        mendable = isinstance(error, (ValueError, SaveError, OSError, SafetensorError))
-        if not mendable or os.environ.get("TDM_FAST_TRACEBACK") == "1":
+        codes = {Preempted: EXIT_CODE, RankLost: 1}
+        codes |= dict.fromkeys((ValueError, SaveError, OSError, SafetensorError), 2)
+        code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
+        if code is None or os.environ.get("TDM_FAST_TRACEBACK") == "1":
             raise
-        print(f"tdm-fast: {error}", file=sys.stderr)
-        return 2
+        print(f"tdm-fast: {_rank()}{error}", file=sys.stderr)
+        return code
+
+
+def _rank() -> str:
+    """Which rank speaks, if it is not the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
+
+
+def _record(error: Exception) -> None:
+    """Have torchrun say which rank's error ended the run: the earliest that was recorded."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:

@@ -15,6 +15,7 @@ import tyro
 import yaml
 
 from tdm_fast.distill import TDMConfig
+from tdm_fast.ranks import Sharding
 
 BUNDLED_TEACHER = Path(__file__).parent / "assets" / "tiny-shapes"
 DEFAULTS_FILE = "train.yaml"
@@ -55,6 +56,17 @@ class NetworksConfig:
     products and attention gave."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, block by block. `auto` takes it on a GPU; on a CPU compiling takes a minute or more."""
+    sharding: Sharding = "full"
+    """How several ranks (torchrun, accelerate launch) hold weights. `none`: whole on every rank, gradients averaged.
+    `full`: in shards over all ranks. `hybrid`: in shards inside a machine, or over `shard_size` ranks, with copies
+    across."""
+    shard_size: int | None = None
+    """With `hybrid`: how many ranks hold one copy of the weights; the ranks of a machine if not given."""
+    context_parallel: int = 1
+    """How many ranks share a sample and split its tokens; it must divide the model's attention heads."""
+    reshard_after_forward: bool = True
+    """Drop a block's gathered weights after its forward and gather them again for its backward. Off, they are kept:
+    less to communicate, and the memory of one whole network in the dtype of computation."""
 
 
 @dataclass(kw_only=True)
@@ -64,8 +76,10 @@ class OptimiserConfig:
     max_train_steps: int = 500
     """Iterations; each makes `fake_updates` fake-score updates and one student update."""
     train_batch_size: int | Literal["auto"] = 32
-    """Samples of one iteration; `auto` finds the largest number that fits the device's memory, and with it the least
-    activation checkpointing."""
+    """Samples of one iteration, over all ranks together; `auto`, on one rank, finds the largest number that fits the
+    device's memory, and with it the least activation checkpointing."""
+    gradient_accumulation_steps: int = 1
+    """Parts of a rank's samples whose gradients are added up one after another; activations take the memory of one."""
     learning_rate: float = 2e-5
     """The fake score's learning rate."""
     student_learning_rate: float | None = None
@@ -144,6 +158,9 @@ class TrainConfig:
             ("max_train_steps", o.max_train_steps, 1),
             ("train_batch_size", None if o.train_batch_size == "auto" else o.train_batch_size, 1),
             ("lora_rank", n.lora_rank, 1),
+            ("shard_size", n.shard_size, 1),
+            ("context_parallel", n.context_parallel, 1),
+            ("gradient_accumulation_steps", o.gradient_accumulation_steps, 1),
             ("lr_warmup_steps", o.lr_warmup_steps, 0),
             ("checkpointing_steps", r.checkpointing_steps, 1),
             ("validation_steps", r.validation_steps, 1),
@@ -169,6 +186,8 @@ class TrainConfig:
         ):
             if not 0 <= share < 1:
                 raise ValueError(f"--{name} {share}: it takes a number from 0 to below 1")
+        if n.shard_size is not None and n.sharding != "hybrid":
+            raise ValueError(f"--shard_size {n.shard_size}: it goes with --sharding hybrid, which is {n.sharding}")
         if n.roles == "full" and r.lora_save == "adapter":
             raise ValueError("--lora_save adapter: --roles full trains no adapter; it takes --roles lora")
         for size in r.video_sizes:

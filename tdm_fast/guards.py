@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tdm_fast.ranks import Ranks
 
 ROLES = ("fake", "student")
 
@@ -24,6 +27,8 @@ class Update(NamedTuple):
     """The gradient's norm, before clipping."""
     applied: Tensor
     """1, or 0 where the update was skipped."""
+    loss: Tensor
+    """The loss, on several ranks their mean."""
 
 
 class Guard:
@@ -33,7 +38,10 @@ class Guard:
     since the last `row()`. A run that goes on from a checkpoint wants them back: `tensors` and `restore`.
     """
 
-    def __init__(self, roles: Sequence[str] = ROLES, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, roles: Sequence[str] = ROLES, device: torch.device | str = "cpu", ranks: Ranks | None = None
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.counts = {role: torch.zeros(4, dtype=torch.int64, device=device) for role in roles}
 
     @torch.no_grad()
@@ -43,18 +51,25 @@ class Guard:
         """Clip the gradients to `max_norm`, if one is given, and take the step if `loss` and their norm are finite.
 
         A skipped step leaves parameters, moments and step counters as they were, to the bit. Gradients are spoilt by
-        clipping with a norm that is not finite: clear them afterwards, as always. With several ranks `loss` must be the
-        mean over all of them, so that all decide alike.
+        clipping with a norm that is not finite: clear them afterwards, as always. Several ranks add up the squares of
+        their shards' norms and their losses, in one all-reduce of two numbers, and so decide alike.
 
         Torch's own optimisers with fused=True decide on the device. All others (8-bit AdamW of torchao or
         bitsandbytes, `foreach`) do not know `found_inf`, and a gradient of zeros would still decay weights and moments:
         for those the host waits for the one flag, once per update, after the backward.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        applied = (loss.detach().isfinite() & norm.isfinite()).float()
+        loss = loss.detach()
+        if self.ranks.world == 1:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            if max_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        else:
+            norm, loss = self._agreed([p.grad for p in parameters], loss)
+            if max_norm is not None:  # as torch's function does, which takes no mixture of sharded and plain ones
+                scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+                torch._foreach_mul_([local(p.grad) for p in parameters], scale)
+        applied = (loss.isfinite() & norm.isfinite()).float()
         _step_unless(1 - applied, optimizer)
         total, in_a_row, longest, since_row = self.counts[role].unbind()
         skipped = 1 - applied.long()
@@ -62,7 +77,19 @@ class Guard:
         in_a_row.add_(skipped).mul_(skipped)
         torch.maximum(longest, in_a_row, out=longest)
         since_row += skipped
-        return Update(norm.float(), applied)
+        return Update(norm.float(), applied, loss)
+
+    def _agreed(self, gradients: Sequence[Tensor], loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of all ranks' gradients together, and the mean of their losses: the same bits on every rank."""
+        total = torch.zeros(2, dtype=torch.float32, device=loss.device)
+        for sharded, times in ((True, self.ranks.copies), (False, self.ranks.world)):
+            mine = [local(g) for g in gradients if isinstance(g, DTensor) == sharded]
+            if mine := [g for g in mine if g.numel()]:
+                # Every shard is there once for each whole copy of the weights.
+                total[0] += torch.stack(torch._foreach_norm(mine)).float().square().sum() / times
+        total[1] = loss.float() / self.ranks.world
+        squares, mean = self.ranks.sum_(total).unbind()
+        return squares.sqrt(), mean
 
     def row(self) -> dict[str, Tensor]:
         """For the iteration's row of the log: per role, the updates skipped since the last call, and in all."""
@@ -100,8 +127,14 @@ class Guard:
 @torch.no_grad()
 def average_(averages: Sequence[Tensor], parameters: Sequence[Tensor], share: float, applied: Tensor) -> None:
     """Move the averages towards the parameters by `share`, or, where `applied` is 0, not at all. In place."""
-    weights = {dtype: (share * applied).to(dtype) for dtype in {average.dtype for average in averages}}
-    torch._foreach_lerp_(list(averages), list(parameters), [weights[average.dtype] for average in averages])
+    mine, theirs = [local(average) for average in averages], [local(parameter) for parameter in parameters]
+    weights = {dtype: (share * applied).to(dtype) for dtype in {average.dtype for average in mine}}
+    torch._foreach_lerp_(mine, theirs, [weights[average.dtype] for average in mine])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; a plain tensor as it is."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def name_samples(row: dict[str, Any], samples: range, prompts: Sequence[int]) -> str | None:

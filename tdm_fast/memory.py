@@ -131,7 +131,9 @@ class TensorMemory(TorchDispatchMode):
 def _storages(tensor: Tensor) -> Iterator[Any]:
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            yield from _storages(getattr(tensor, name))
+            inner = getattr(tensor, name)
+            if isinstance(inner, Tensor):  # a sharded tensor also names its mesh
+                yield from _storages(inner)
     elif tensor.layout == torch.strided:
         yield tensor.untyped_storage()
 

@@ -26,6 +26,7 @@ from tdm_fast.metering import Cost, count_operations
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.roles import make_networks, tell
 from tdm_fast.philox import randn
+from tdm_fast.ranks import Ranks
 from tdm_fast.step import Batch, make_batch, make_state, update
 from tdm_fast.text import PromptCache
 
@@ -40,17 +41,19 @@ class Costs(NamedTuple):
     fake: Cost
 
 
-def measure_costs(config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes) -> list[Costs]:
+def measure_costs(
+    config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes, ranks: Ranks | None = None
+) -> list[Costs]:
     """Of each size of latents `(C, T, H, W)`, with the longest prompt; counted on fake networks, not computed."""
     longest = max(range(len(cache)), key=lambda index: len(cache.embeddings[index]))
-    device = next(teacher.parameters()).device
+    device = ranks.device if ranks else next(teacher.parameters()).device
     conditioning, t = cache.batch([longest]).to(device), torch.zeros(1, dtype=torch.int64, device=device)
     costs = []
     for shape in shapes:
         latents = randn(1, shape, seed=0, device=device)
         with fake_tensors():
             roles = make_networks(
-                copy.deepcopy(teacher),
+                on_device(copy.deepcopy(teacher), device),
                 kind=config.networks.roles,
                 lora_rank=config.networks.lora_rank,
                 teacher_dtype=None,
@@ -63,7 +66,7 @@ def measure_costs(config: TrainConfig, teacher: Denoiser, cache: PromptCache, sh
 
 
 def iteration_flops(costs: Costs, batch: Batch) -> int:
-    """Model FLOPs of one iteration: what the method needs, without what checkpointing computes twice."""
+    """Model FLOPs of one iteration for `batch`, a rank's: what the method needs, without what is computed twice."""
     tdm, size = batch.tdm, len(batch.prompts)
     teacher_calls = 1 if tdm.cfg == 1 else 2
     updates = tdm.fake_updates * costs.fake.trained + costs.fake.forward
@@ -92,36 +95,60 @@ def largest_example(
     return batch._replace(prompts=prompts, conditioning=cache.batch(prompts).to(device))
 
 
-def estimate_run(config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes) -> Estimate:
-    """What a run will hold on the device that `teacher` is on, the teacher included, without running it."""
-    device = next(teacher.parameters()).device
-    eager = with_flags(config, compile="off")  # what a compiler fuses away is left to the safe side
+def estimate_run(
+    config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes, ranks: Ranks | None = None
+) -> Estimate:
+    """What a run will hold on the device that `teacher` is on, the teacher included, without running it.
+
+    With `ranks`: on the device of each. What is there between iterations is divided by the ranks that share a copy of
+    the weights; a network's gradients are counted whole, which leaves room for the weights that are gathered instead,
+    and so are activations that the ranks of a context share.
+    """
+    ranks = ranks or Ranks(device=next(teacher.parameters()).device)
+    device, samples = ranks.device, config.optimiser.train_batch_size
+    assert isinstance(samples, int)
+    # What a compiler fuses away is left to the safe side.
+    eager = with_flags(config, compile="off", train_batch_size=samples // ranks.data_ranks)
     batches = [largest_example(cache, eager, shapes, device, iteration) for iteration in range(2)]
 
     def step(state: Any, phase: Callable[[str], Any]) -> None:
         update(state, batches[state.iteration], eager, phase)
 
-    return estimate(lambda: make_state(copy.deepcopy(teacher), eager), step, device=device)
+    whole = estimate(lambda: make_state(on_device(copy.deepcopy(teacher), device), eager), step, device=device)
+    shared = whole.state - whole.state * ranks.copies // ranks.world
+    phases = {name: peak - shared for name, peak in whole.phases.items()}
+    return Estimate(whole.peak - shared, whole.state - shared, whole.phase, phases)
 
 
-def refuse_what_cannot_fit(config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes) -> Estimate:
+def on_device(network: Denoiser, device: torch.device) -> Denoiser:
+    """Give a fake network that is on the meta device memory, as fake, on another."""
+    return network.to_empty(device=device) if any(p.is_meta for p in network.parameters()) else network
+
+
+def refuse_what_cannot_fit(
+    config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes, ranks: Ranks | None = None
+) -> Estimate:
     """The estimate of a run. Raises ValueError, with what would fit, for one that the device has no memory for."""
-    expected = estimate_run(config, teacher, cache, shapes)
+    ranks = ranks or Ranks(device=next(teacher.parameters()).device)
+    expected = estimate_run(config, teacher, cache, shapes, ranks)
     size = config.optimiser.train_batch_size
     assert isinstance(size, int)
     wishes: list[dict[str, Any]] = [{"activation_checkpointing": "block"}]
+    unit = ranks.data_ranks * config.optimiser.gradient_accumulation_steps
     wishes += [
-        {"activation_checkpointing": "block", "train_batch_size": size // part} for part in (2, 4) if size >= part
+        {"activation_checkpointing": "block", "train_batch_size": size // part}
+        for part in (2, 4)
+        if size // part >= unit and size // part % unit == 0
     ]
-    wishes += [{"roles": "lora"}, {"roles": "lora", "activation_checkpointing": "block", "train_batch_size": 1}]
+    wishes += [{"roles": "lora"}, {"roles": "lora", "activation_checkpointing": "block", "train_batch_size": unit}]
 
     def alternative(flags: Mapping[str, Any]) -> tuple[str, Callable[[], Estimate]]:
         text = " ".join(f"--{name} {value}" for name, value in flags.items())
-        return text, lambda: estimate_run(with_flags(config, **flags), teacher, cache, shapes)
+        return text, lambda: estimate_run(with_flags(config, **flags), teacher, cache, shapes, ranks)
 
     # The teacher's weights, which the estimate counts, are in memory already.
-    there = sum(p.nbytes for p in teacher.parameters())
-    available = device_memory(next(teacher.parameters()).device) + there
+    there = sum(p.nbytes for p in teacher.parameters() if not p.is_meta)
+    available = device_memory(ranks.device) + there
     refuse_if_too_large(expected, available, [alternative(flags) for flags in wishes])
     return expected
 

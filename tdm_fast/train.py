@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":  # before anything large is imported, so that Ctrl-C is heard
     from tdm_fast import cli
@@ -25,12 +26,11 @@ from tqdm import tqdm
 
 from tdm_fast import tiny_shapes
 from tdm_fast.checkpoint import (
+    Checkpoint,
+    Checkpoints,
     SaveError,
     checkpoints,
     latest_checkpoint,
-    load_checkpoint,
-    locked,
-    save_checkpoint,
     truncate_log,
     write_atomically,
 )
@@ -52,8 +52,11 @@ from tdm_fast.metering import (
     speed,
 )
 from tdm_fast.models.loading import Pipeline, digest, load_pipeline
+from tdm_fast.preemption import Preempted, Preemption
+from tdm_fast.ranks import Ranks, check_batch, joined
 from tdm_fast.report import finish
 from tdm_fast.sample import generate
+from tdm_fast.sharding import Collected, collect
 from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_cannot_fit, with_batch_size
 from tdm_fast.step import Batch, State, compile_now, make_batch, make_state, resolve_device, update, uses_bf16
 from tdm_fast.text import PromptCache, fingerprint, read_prompts
@@ -61,18 +64,21 @@ from tdm_fast.video import to_uint8, write_video
 
 VALIDATION_SEED = 2001
 NUM_VALIDATION_PROMPTS = 8
-# Flags that a resumed run may change: they decide when things happen, not what the weights become.
+# Flags that a resumed run may change: they decide when and where things happen, not what the weights become.
 FREE_FLAGS = {
     "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
-    "num_eval_videos", "logging_steps", "max_skipped_steps", "report_to", "profile", "lora_save",
+    "num_eval_videos", "logging_steps", "max_skipped_steps", "report_to", "profile", "lora_save", "sharding",
+    "shard_size", "context_parallel", "reshard_after_forward", "gradient_accumulation_steps",
 }  # fmt: skip
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Distil a teacher; returns what `metrics.json` in the run's folder holds.
+    """Distil a teacher; returns what `metrics.json` in the run's folder holds, on ranks other than the first nothing.
 
-    Raises ValueError for a configuration that cannot work, before any work begins, and SaveError when the run's folder
-    cannot be written, with the last whole checkpoint intact.
+    One process, or as many as torchrun or `accelerate launch` have started: the first writes, shows and measures.
+    Raises ValueError for a configuration that cannot work, before any work begins, SaveError when the run's folder
+    cannot be written, with the last whole checkpoint intact, Preempted when SIGTERM or SIGUSR1 has ended the run, and
+    RankLost when another rank has died.
     """
     began = time.monotonic()
     keep_memory()
@@ -80,14 +86,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_report_to(config.run.report_to)
     if config.run.profile:
         parse_profile(config.run.profile)
-    teacher = load_pipeline(config.model.model)
-    config.tdm.check(teacher.schedule)
-    latent_shapes(config, teacher)
-    # Now, because what is damaged must not show only when the training is over.
-    yardstick = load_yardstick(teacher) if config.run.num_eval_videos else None
-    prompts = prompts_of(config)
-    with locked(config.run.output_dir):
-        return run(config, teacher.to(device), prompts, yardstick, began)
+    n, o = config.networks, config.optimiser
+    with joined(device, n.sharding, n.shard_size, n.context_parallel) as ranks:
+        if o.train_batch_size != "auto":
+            check_batch(o.train_batch_size, o.gradient_accumulation_steps, ranks.data_ranks)
+        elif ranks.world > 1 or o.gradient_accumulation_steps > 1:
+            raise ValueError("--train_batch_size auto: it looks at one rank without accumulation; name a number")
+        empty = {"transformer"} if ranks.world > 1 and n.sharding != "none" else set()
+        teacher = load_pipeline(config.model.model, empty=empty if ranks.is_main else empty | {"vae", "text_encoder"})
+        config.tdm.check(teacher.schedule)
+        latent_shapes(config, teacher)
+        # Now, because what is damaged must not show only when the training is over.
+        yardstick = load_yardstick(teacher) if config.run.num_eval_videos and ranks.is_main else None
+        prompts = prompts_of(config)
+        with Checkpoints(config.run.output_dir, ranks, keep=config.run.checkpoints_total_limit) as store:
+            return run(config, teacher.to(ranks.device), prompts, yardstick, store, ranks, began)
 
 
 def latent_shapes(config: TrainConfig, teacher: Pipeline) -> list[tuple[int, ...]]:
@@ -96,46 +109,65 @@ def latent_shapes(config: TrainConfig, teacher: Pipeline) -> list[tuple[int, ...
 
 
 def run(
-    config: TrainConfig, teacher: Pipeline, prompts: list[str], yardstick: Yardstick | None, began: float
+    config: TrainConfig,
+    teacher: Pipeline,
+    prompts: list[str],
+    yardstick: Yardstick | None,
+    store: Checkpoints,
+    ranks: Ranks,
+    began: float,
 ) -> dict[str, Any]:
     """What `train` does in the run's folder, when everything that it is given has been found to work."""
     output = config.run.output_dir
+    if ranks.is_main:
+        prompt_cache(config, teacher, prompts)
+    ranks.barrier()
     cache = prompt_cache(config, teacher, prompts)
     shapes = latent_shapes(config, teacher)
-    found = checkpoint_to_resume(config)
+    found = checkpoint_to_resume(config, store)
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None)
-    mine = identity(config, cache)
+    mine = store.on_main(lambda: identity(config, cache))
     if found is not None:
         refuse_another_runs(found, mine)
-    expected = refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes)
-    print(f"memory: {expected}", file=sys.stderr)
-    costs = measure_costs(config, teacher.denoiser, cache, shapes)
-    state = make_state(teacher.denoiser, config)
+    expected = store.on_main(lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, ranks))
+    costs = store.on_main(lambda: measure_costs(config, teacher.denoiser, cache, shapes, ranks))
+    if ranks.is_main:
+        print(f"memory: {expected}", file=sys.stderr)
+    empty = any(parameter.is_meta for parameter in teacher.denoiser.parameters())
+    state = make_state(teacher.denoiser, config, ranks, config.model.model / "transformer" if empty else None)
     if found is not None:
-        resume(state, found)
+        resume(state, found, store)
     compile_now(state, cache, config, shapes)
-    if state.compilations is not None:
-        print(state.compilations, file=sys.stderr)
-    write_atomically(output / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False).encode())
+    if ranks.is_main:
+        if state.compilations is not None:
+            print(state.compilations, file=sys.stderr)
+        write_atomically(output / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False).encode())
 
     student = copy.copy(teacher)
     student.denoiser = type(teacher.denoiser)(teacher.denoiser.model, teacher.schedule)
     student.timesteps = tuple(config.tdm.check())
     try:
-        loop(config, state, cache, student, shapes, costs, mine, began)
+        with Preemption(ranks) as preemption:
+            loop(config, state, cache, student, shapes, costs, mine, store, preemption, began)
     except OSError as error:
         last = latest_checkpoint(output)
         where = f"the last whole checkpoint is {last}" if last else "no checkpoint had been saved before"
         raise SaveError(f"could not write to {output}: {error.strerror or error}; {where}") from error
+    found_student = collect(state.networks, state.student_weights, ranks)
+    if found_student is None:
+        return {}
     nodes = {k: dataclasses.replace(config.tdm, num_steps=k).check() for k in config.tdm.unify or ()}
     state.networks.save(
         output / "student",
         config.model.model,
         nodes or list(student.timesteps),
-        weights=state.student_weights,
+        weights=found_student.weights,
         lora_save=config.run.lora_save,
+        base=found_student.base,
     )
-    adopt(student, state, config)
+    if empty:  # it is looked at beside the student
+        teacher = load_pipeline(config.model.model).to(ranks.device)
+    adopt(student, state, config, found_student)
     metrics = finish(output, teacher, student, cache, yardstick, config.run.num_eval_videos)
     metrics |= {
         "iterations": state.iteration,
@@ -146,10 +178,11 @@ def run(
     return metrics
 
 
-def adopt(student: Pipeline, state: State, config: TrainConfig) -> None:
+def adopt(student: Pipeline, state: State, config: TrainConfig, found: Collected) -> None:
     """Have `student` sample with what the run has made of its network so far."""
     k = config.tdm.num_steps if config.tdm.unify else None
-    student.denoiser.model = state.networks.student_network(state.student_weights, num_steps=k)
+    network = state.networks.student_network(found.weights, num_steps=k, base=found.base)
+    student.denoiser.model = network.to(state.device)
 
 
 class Watch:
@@ -161,7 +194,7 @@ class Watch:
         self.config, self.state, self.costs = config, state, dict(zip(shapes, costs, strict=True))
         self.log, self.timer = Log(), StepTimer(state.device)
         dtype = torch.bfloat16 if uses_bf16(config, state.device) else torch.float32
-        self.rate = measured_matmul_rate(state.device, dtype)
+        self.rate = measured_matmul_rate(state.device, dtype) if state.ranks.is_main else 1.0
         self._batches: list[Batch] = []
 
     def add(self, batch: Batch, values: dict[str, Tensor]) -> None:
@@ -175,12 +208,13 @@ class Watch:
         rows, times, batches = self.log.flush(), self.timer.flush(), self._batches
         self._batches = []
         for row, seconds, batch in zip(rows, times, batches, strict=True):
-            size = len(batch.prompts)
+            size = len(batch.all_prompts)
             flops = iteration_flops(self.costs[tuple(batch.latents.shape[1:])], batch)
             row |= {name: round(value, 5) for name, value in seconds.items()}
             row |= speed(seconds["seconds"], size, flops, self.rate)
             row["peak_memory_bytes"] = peak_bytes(self.state.device)
-            if said := name_samples(row, range(size), batch.prompts):
+            said = name_samples(row, range(size), batch.all_prompts)
+            if said and self.state.ranks.is_main:
                 tqdm.write(said, file=sys.stderr)
         return rows
 
@@ -193,31 +227,41 @@ def loop(
     shapes: Sequence[tuple[int, ...]],
     costs: Sequence[Costs],
     mine: dict[str, Any],
+    store: Checkpoints,
+    preemption: Preemption,
     began: float,
 ) -> None:
-    """Iterate to the end, with log, board, trace, samples (made with `student`) and checkpoints."""
+    """Iterate to the end, with log, board, trace, samples (made with `student`) and checkpoints.
+
+    Raises Preempted, with what has been done saved, when the run is to leave before its end.
+    """
     output, total, every = config.run.output_dir, config.optimiser.max_train_steps, config.run.logging_steps
     first, spent = state.iteration, state.seconds
     if first >= total:
         return
-    truncate_log(output / "metrics.jsonl", lambda row: row["step"] <= first)
+    main = state.ranks.is_main
+    if main:
+        truncate_log(output / "metrics.jsonl", lambda row: row["step"] <= first)
     watch = Watch(config, state, shapes, costs)
-    window = parse_profile(config.run.profile) if config.run.profile else None
+    window = parse_profile(config.run.profile) if config.run.profile and main else None
     with (
-        report(config.run.report_to, output, start=first + 1, config=config.flat()) as show,
-        open(output / "metrics.jsonl", "a", buffering=1) as log,
-        tqdm(initial=first, total=total, desc="train", mininterval=1) as progress,
+        report(config.run.report_to if main else "none", output, start=first + 1, config=config.flat()) as show,
+        open(output / "metrics.jsonl" if main else os.devnull, "a", buffering=1) as log,
+        tqdm(initial=first, total=total, desc="train", mininterval=1, disable=not main) as progress,
         profile(window, output, start=first + 1) as traced,
     ):
         while state.iteration < total:
             with watch.timer.step():
                 with watch.timer("data"):
-                    batch = make_batch(state.iteration, cache, config, shapes, state.device)
+                    batch = make_batch(state.iteration, cache, config, shapes, state.device, state.ranks)
                 watch.add(batch, update(state, batch, config, watch.timer))
             traced()
             progress.update()
+            stop, failing = preemption.agreed(failing=store.failed)
+            if failing:
+                store.wait()  # raises SaveError
             done = state.iteration == total
-            saving = done or state.iteration % config.run.checkpointing_steps == 0
+            saving = done or stop is not None or state.iteration % config.run.checkpointing_steps == 0
             if saving or state.iteration % every == 0:
                 for row in watch.flush():
                     log.write(json_line(row))
@@ -225,14 +269,18 @@ def loop(
                     losses = {name: f"{row[f'loss_{name}']:.4g}" for name in ("fake", "student")}
                     progress.set_postfix(losses, refresh=False)
                 # After the rows, which name the samples, and before anything is saved.
-                state.guard.raise_if_stuck(config.run.max_skipped_steps, latest_checkpoint(output))
+                state.guard.raise_if_stuck(config.run.max_skipped_steps, store.last)
             # The picture first: a run killed between the two makes it again, and never goes on without it.
             if done or state.iteration % config.run.validation_steps == 0:
-                adopt(student, state, config)
-                validate(student, cache, output / "samples" / f"step-{state.iteration:06d}.png")
+                collected = collect(state.networks, state.student_weights, state.ranks, state.device)
+                if collected is not None:
+                    adopt(student, state, config, collected)
+                    validate(student, cache, output / "samples" / f"step-{state.iteration:06d}.png")
+                    if state.ranks.world > 1:
+                        student.denoiser.model = torch.nn.Module()  # what was collected is not to stay
+                state.ranks.barrier()
             if saving:
                 state.seconds = spent + time.monotonic() - began
-                keep = config.run.checkpoints_total_limit
                 state.peak_memory = max(state.peak_memory, peak_bytes(state.device))
                 meta = {
                     "seconds": state.seconds,
@@ -240,7 +288,11 @@ def loop(
                     "threads": torch.get_num_threads(),
                     "config": mine,
                 }
-                save_checkpoint(output, state.iteration, state.groups(), meta, keep=keep)
+                store.save(state.iteration, state.groups(), meta)
+            if done or stop is not None:
+                store.wait()
+            if stop is not None and not done:
+                raise Preempted(stop, state.iteration, store.last)
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
@@ -270,19 +322,26 @@ def identity(config: TrainConfig, cache: PromptCache) -> dict[str, Any]:
     return flags | {"model": f"sha256:{teacher}", "prompts": f"sha256:{fingerprint(cache.prompts)}"}
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint that a run goes on from, read."""
-
-    path: Path
-    groups: dict[str, dict[str, Tensor]]
-    meta: dict[str, Any]
-
-
-def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
-    """The checkpoint that `--resume_from_checkpoint` names, None where a run begins anew.
+def checkpoint_to_resume(config: TrainConfig, store: Checkpoints) -> Checkpoint | None:
+    """The checkpoint that `--resume_from_checkpoint` names, its tensors not read yet; None where a run begins anew.
 
     Raises ValueError when it is missing, damaged, no training run's, or when a run would bury another's checkpoints.
     """
+    path = store.on_main(lambda: path_to_resume(config))
+    if path is None:
+        return None
+    found = store.read(path)
+    needed = {"student", "fake", "student_optimizer", "fake_optimizer", "guard"}
+    absent = sorted((needed | ({"ema"} if config.optimiser.use_ema else set())) - found.groups.keys())
+    if found.meta.get("config") is None or absent:
+        raise ValueError(
+            f"{path} is no checkpoint of a training run: it lacks {', '.join(absent) or 'its configuration'}"
+        )
+    return found
+
+
+def path_to_resume(config: TrainConfig) -> Path | None:
+    """What `--resume_from_checkpoint` names. Raises ValueError where a run would bury another's checkpoints."""
     wanted, output = config.run.resume_from_checkpoint, config.run.output_dir
     if wanted == "none":
         if checkpoints(output):
@@ -292,17 +351,7 @@ def checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
             )
         return None
     inside = output / wanted
-    path = latest_checkpoint(output) if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
-    if path is None:
-        return None
-    groups, meta = load_checkpoint(path)
-    needed = {"student", "fake", "student_optimizer", "fake_optimizer", "guard"}
-    absent = sorted((needed | ({"ema"} if config.optimiser.use_ema else set())) - groups.keys())
-    if meta.get("config") is None or absent:
-        raise ValueError(
-            f"{path} is no checkpoint of a training run: it lacks {', '.join(absent) or 'its configuration'}"
-        )
-    return Checkpoint(path, groups, meta)
+    return latest_checkpoint(output) if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
 
 
 def refuse_another_runs(found: Checkpoint, mine: dict[str, Any]) -> None:
@@ -316,9 +365,11 @@ def refuse_another_runs(found: Checkpoint, mine: dict[str, Any]) -> None:
         )
 
 
-def resume(state: State, found: Checkpoint) -> None:
+def resume(state: State, found: Checkpoint, store: Checkpoints) -> None:
     """Go on from a checkpoint."""
-    state.restore(found.groups, found.meta)
+    state.restore(found, store.load)
+    if not state.ranks.is_main:
+        return
     print(f"going on from {found.path}", file=sys.stderr)
     if (threads := torch.get_num_threads()) != found.meta["threads"]:
         print(

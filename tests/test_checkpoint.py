@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import errno
+import functools
+import itertools
 import json
 import os
+import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import checkpoint_jobs as jobs
+import few_ranks
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdm_fast import checkpoint
 from tdm_fast.checkpoint import (
+    STATE_FILE,
+    Checkpoints,
     SaveError,
     checkpoints,
     latest_checkpoint,
@@ -103,36 +113,145 @@ def test_what_is_not_whole_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("after", [0, 1, 9])
 def test_a_full_disk_leaves_the_last_one_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, step: int
 ) -> None:
     save_checkpoint(tmp_path, 1, groups(1), {})
-    written, write = [], checkpoint._write
+    written, write = [], checkpoint._HashedFile.write
 
-    def write_until_full(path: Path, data: bytes) -> None:
+    def write_until_full(file: checkpoint._HashedFile, data: bytes) -> int:
         if len(written) == after:
-            path.write_bytes(data[: len(data) // 2])
+            write(file, bytes(data)[: len(data) // 2])
             no_space()
-        written.append(path)
-        write(path, data)
+        written.append(file)
+        return write(file, data)
 
-    monkeypatch.setattr(checkpoint, "_write", write_until_full)
+    monkeypatch.setattr(checkpoint._HashedFile, "write", write_until_full)
     with pytest.raises(SaveError, match=f"checkpoint-{step}: No space left on device. .*is {tmp_path}/checkpoint-1"):
         save_checkpoint(tmp_path, step, groups(2), {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert_holds(tmp_path / "checkpoint-1", 1)
 
 
-def test_a_failing_sync_is_a_failure_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_sync_or_state_is_a_failure_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(SaveError, match="No checkpoint had been saved before"):
+        patch.setattr(checkpoint, "_write", no_space)
+        save_checkpoint(tmp_path, 1, groups(1), {})
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(SaveError, match="No checkpoint had been saved before"):
         save_checkpoint(tmp_path, 1, groups(1), {})
-    assert checkpoints(tmp_path) == []
+    assert not any(tmp_path.iterdir())
     (tmp_path / "file").write_text("old")
     with pytest.raises(SaveError, match=r"could not write .*file: No space left on device"):
         write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+class Disk:
+    """Writing that waits until it is let."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.fails, write = threading.Event(), False, checkpoint._HashedFile.write
+
+        def slow(file: checkpoint._HashedFile, data: bytes) -> int:
+            assert self.go.wait(30)
+            return no_space() or 0 if self.fails else write(file, data)
+
+        monkeypatch.setattr(checkpoint._HashedFile, "write", slow)
+
+
+def test_the_loop_waits_for_copies_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, now = Disk(monkeypatch), groups(1)
+    with Checkpoints(tmp_path, keep=1) as store:
+        store.save(1, now, {})
+        assert not checkpoints(tmp_path) and not store.failed and store.last == tmp_path / "checkpoint-1"
+        for tensor in checkpoint.flat(now).values():
+            tensor.fill_(9)
+        waiting = threading.Thread(target=lambda: store.save(2, now, {}))
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive() and not checkpoints(tmp_path)  # for the save before
+        disk.go.set()
+        waiting.join()
+        assert_holds(tmp_path / "checkpoint-1", 1)
+        disk.go.clear()
+        threading.Timer(0.1, disk.go.set).start()
+    assert_holds(tmp_path / "checkpoint-2", 9)  # the end waits, too
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_a_failure_in_the_background_reaches_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    disk.go.set()
+    says = (
+        f"could not write {tmp_path}/checkpoint-2: No space left on device. The last whole .* {tmp_path}/checkpoint-1"
+    )
+    for end in ("wait", "save", "exit"):
+        disk.fails = False
+        with pytest.raises(SaveError, match=says), Checkpoints(tmp_path) as store:
+            store.save(1, groups(1), {})
+            store.wait()
+            disk.fails = True
+            store.save(2, groups(2), {})
+            while not store.failed:
+                time.sleep(0.001)
+            if end != "exit":
+                with pytest.raises(SaveError, match=says) as failure:
+                    store.wait() if end == "wait" else store.save(3, groups(3), {})
+                assert store.last == tmp_path / "checkpoint-1" and not store.failed
+                raise failure.value
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_run_that_fails_lets_its_save_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = Disk(monkeypatch)
+    for step, fails in ((1, False), (2, True)):
+        disk.go.clear()
+        disk.fails = fails
+        with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path) as store:
+            store.save(step, groups(1), {})
+            threading.Timer(0.05, disk.go.set).start()
+            raise KeyboardInterrupt
+        assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert "note: could not write" in capsys.readouterr().err
+
+
+def test_what_killed_runs_left_is_cleared_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, groups(step), {})
+    (tmp_path / "checkpoint-2").rename(tmp_path / ".checkpoint-2.old")  # killed while it was replaced
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / ".checkpoint-3.old")  # killed when it had been
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.gone")
+    for name in (".checkpoint-2.partial", ".checkpoint-4.partial", ".mine"):
+        (tmp_path / name).mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with locked(tmp_path), pytest.raises(ValueError, match="in use by another run"), Checkpoints(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == before  # by one that has the lock
+    with Checkpoints(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2", "checkpoint-3"]
+        with pytest.raises(ValueError, match="in use by another run"), Checkpoints(tmp_path):
+            pass
+    assert_holds(tmp_path / "checkpoint-2", 2)
+    with Checkpoints(tmp_path):
+        pass
+
+
+def test_no_clock_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = itertools.cycle([2e9, 0.0, -1e6, 4e9])
+    monkeypatch.setattr(time, "time", lambda: next(moments))
+    with Checkpoints(tmp_path, keep=2) as store:
+        for step, moment in ((1, 4e9), (2, 3e9), (10, 1e9), (9, 2e9)):
+            store.save(step, groups(step), {})
+            store.wait()
+            os.utime(store.last, (moment, moment))
+        assert store.newest() == tmp_path / "checkpoint-10"
+        store.save(11, groups(11), {})
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
+    assert_holds(latest_checkpoint(tmp_path), 11)
 
 
 def test_a_folder_is_whole_or_what_it_was(tmp_path: Path) -> None:
@@ -178,23 +297,84 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
     assert {path.name for path in synced} == {"weights", "deep", partial.name, tmp_path.name}
 
 
-def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 1, groups(1), {})
-    weights = path / "student.safetensors"
-    data = weights.read_bytes()
-    for bad in (data[:-3], data[:4], b""):
-        weights.write_bytes(bad)
-        with pytest.raises(ValueError, match=f"checkpoint {path} is damaged"):
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
+def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = save_checkpoint(tmp_path / "run", 1, groups(1), {"config": {"a": 0.125}})
+    other = save_checkpoint(tmp_path / "other", 1, groups(2), {"config": {"a": 0.375}})
+    file = path / name
+    data = file.read_bytes()
+    rotten = bytearray(data)
+    rotten[data.index(b"0.125") if name == STATE_FILE else len(data) // 2] ^= 1
+    wrong = {
+        "cut": (data[:-3], "bytes, not .*: cut"),
+        "empty": (b"", "has 0 bytes"),
+        "longer": (data + b"x", "bytes, not .*: too long"),
+        "rotten": (bytes(rotten), "is not as it was saved: its SHA-256 differs"),
+        "foreign": ((other / name).read_bytes(), "is not as it was saved: its SHA-256 differs"),
+    }
+    if name == ".metadata":
+        wrong["foreign"] = (data.replace(b"student", b"STUDENT"), "is not as it was saved")
+    if name == STATE_FILE:
+        wrong = {
+            "rotten": wrong["rotten"],
+            **{kind: (wrong[kind][0], "is no JSON object") for kind in ("cut", "empty")},
+        }
+        wrong["no object"] = (b"[1]", "is no JSON object")
+        (path / name).write_bytes((other / name).read_bytes())
+        with pytest.raises(ValueError, match=r"is damaged \((__0_0.distcp|.metadata) "):
             load_checkpoint(path)
-    weights.write_bytes(data)
-    (path / "state.json").write_text('{"step": 1')
-    with pytest.raises(ValueError, match=f"checkpoint {path} is damaged"):
+    for kind, (bad, what) in wrong.items():
+        assert bad != data, kind
+        file.write_bytes(bad)
+        says = rf"checkpoint {path} is damaged \({name} .*{what}.*\); remove it to go on from the one before"
+        with pytest.raises(ValueError, match=says) as error:
+            load_checkpoint(path)
+        assert len(str(error.value).splitlines()) == 1
+    file.unlink()
+    with pytest.raises(
+        ValueError, match=rf"{name} is missing|is not a checkpoint \(no state.json; found: .metadata, __0"
+    ):
         load_checkpoint(path)
-    (path / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"is not a checkpoint \(no state.json; found: empty.safetensors"):
-        load_checkpoint(path)
-    with pytest.raises(ValueError, match="no such folder"):
+    file.write_bytes(data)
+    assert_holds(path, 1)
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a checkpoint \(no state.json; found: no such folder"):
         load_checkpoint(tmp_path / "checkpoint-9")
+    with pytest.raises(ValueError, match=r"is not a checkpoint \(no state.json; found: an empty folder"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "state.json").write_text(json.dumps({"step": 1}))
+    with pytest.raises(ValueError, match="is of another version of tdm-fast"):
+        load_checkpoint(tmp_path)
+
+
+def test_shapes_and_meta_are_known_before_anything_is_read(tmp_path: Path) -> None:
+    saved = groups(1.0)
+    with Checkpoints(tmp_path) as store:
+        assert store.newest() is None
+        store.save(5, saved, {"config": "mine"})
+        store.wait()
+        found = store.read(store.newest())
+        assert found.path == tmp_path / "checkpoint-5" and found.meta == {"step": 5, "config": "mine"}
+        for group, tensors in saved.items():
+            for name, tensor in tensors.items():
+                told = found.groups[group][name]
+                assert told.is_meta and told.shape == tensor.shape and told.dtype == tensor.dtype
+        target = {"student": {"a.weight": nn.Parameter(torch.zeros(3, 5)), "b": torch.zeros(())}}
+        pointers = [tensor.data_ptr() for tensor in target["student"].values()]
+        store.load(found, target)
+        assert pointers == [tensor.data_ptr() for tensor in target["student"].values()]
+        assert torch.equal(target["student"]["a.weight"], saved["student"]["a.weight"]) and store.last == found.path
+        bad = {
+            "1 tensors of student are in one of them alone, b in the checkpoint": {"a.weight": torch.zeros(3, 5)},
+            "1 tensors of student .*, c in this run": {**target["student"], "c": torch.zeros(1)},
+            r"student/b is float32 \[\] there and float32 \[1\] here": {**target["student"], "b": torch.zeros(1)},
+            r"student/b is float32 \[\] there and int64 \[\] here": {**target["student"], "b": torch.tensor(1)},
+        }
+        for says, tensors in bad.items():
+            with pytest.raises(ValueError, match=f"checkpoint-5 does not fit this run: {says}"):
+                store.load(found, {"student": tensors})
 
 
 def test_write_atomically_replaces(tmp_path: Path) -> None:
@@ -233,3 +413,176 @@ def test_a_restored_optimiser_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(again[0].weight, whole[0].weight) and torch.equal(again[0].bias, whole[0].bias)
     ours, theirs = optimizer_tensors(again[1]), optimizer_tensors(whole[1])
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_states_made_of_tensors_are_saved_in_parts(tmp_path: Path) -> None:
+    def make() -> tuple[Tensor, torch.optim.Optimizer]:
+        parameter = nn.Parameter(torch.ones(8))
+        return parameter, jobs.Eighths([parameter], lr=torch.tensor(0.5))
+
+    whole, resumed, again = make(), make(), make()
+    for parameter, optimizer in (whole, resumed):
+        for step in range(2):
+            parameter.grad = torch.arange(8.0) + step
+            optimizer.step()
+    tensors = optimizer_tensors(resumed[1])
+    assert set(tensors) == {"0.moment.codes", "0.moment.scale", "0.moment.qmap", "0.step"}
+    loaded, _ = load_checkpoint(save_checkpoint(tmp_path, 2, {"p": {"p": resumed[0]}, "o": tensors}, {}))
+    with torch.no_grad():
+        again[0].copy_(loaded["p"]["p"])
+    load_optimizer_tensors(again[1], loaded["o"])
+    assert again[1].param_groups[0]["lr"] == 0.5
+    for parameter, optimizer in (whole, again):
+        parameter.grad = torch.ones(8)
+        optimizer.step()
+    assert torch.equal(again[0], whole[0])
+    with pytest.raises(ValueError, match=r"another optimiser: 2 names differ, 0.exp_avg first"):
+        load_optimizer_tensors(
+            torch.optim.SGD([nn.Parameter(torch.ones(8))], momentum=0.9), {"0.exp_avg": torch.ones(8)}
+        )
+
+
+# ---- several ranks
+
+TOTAL = 5
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What two ranks come to that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder, "first").wait() == [0, 0]
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-5"]
+    files = json.loads((folder / "checkpoint-5" / STATE_FILE).read_text())["files"]
+    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    return torch.load(folder / "result.pt")
+
+
+def start(folder: Path, name: str, *, ranks: int = 2, total: int = TOTAL, **options: Any) -> few_ranks.Job:
+    return few_ranks.start(functools.partial(jobs.train, **options), ranks, folder / "jobs" / name, folder, total)
+
+
+def assert_result(folder: Path, wanted: dict[str, Tensor]) -> None:
+    result = torch.load(folder / "result.pt")
+    assert result.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(result[name], wanted[name])] == []
+
+
+ONE_OF_TWO = [("training", 0), ("training", 1), ("staging", 0), ("staging", 1), ("writing", 0), ("writing", 1)]
+ONLY_RANK_0 = ["index", "state", "renaming", "renamed", "removing"]
+LEFT = {"training": 2, "staging": 2, "writing": 2, "index": 2, "state": 2, "renaming": 2, "renamed": 3, "removing": 3}
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim"), [*ONE_OF_TWO, *((p, 0) for p in ONLY_RANK_0), *((phase, None) for phase in LEFT)]
+)
+def test_killed_ranks_go_on_from_the_last_whole_checkpoint(
+    undisturbed: dict[str, Tensor], tmp_path: Path, phase: str, victim: int | None
+) -> None:
+    job = start(tmp_path, "killed", accident=jobs.Kill(phase, victim, tmp_path / "jobs" / "killed"))
+    codes = job.wait(30)
+    if victim is None:
+        assert codes == [-9, -9]
+    else:
+        assert codes.pop(victim) == -9 and codes in ([1], [2]), job.errors()
+        last = job.errors(1 - victim).strip().splitlines()[-1]
+        assert "a rank has died" in last or "another rank has died" in last
+        assert "Traceback" not in job.errors()
+    left = latest_checkpoint(tmp_path)
+    # A save that is under way when a rank dies in the next step may end or not.
+    assert left.name in {f"checkpoint-{LEFT[phase] - (phase == 'training')}", f"checkpoint-{LEFT[phase]}"}
+    load_checkpoint(left)
+    again = start(tmp_path, "again")
+    assert again.wait() == [0, 0], again.errors()
+    assert_result(tmp_path, undisturbed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5", "jobs", "result.pt"]
+
+
+def test_killed_between_two_renames(undisturbed: dict[str, Tensor], tmp_path: Path) -> None:
+    """The checkpoint of a step that is saved again, by a run that went back, is there at all times."""
+    assert start(tmp_path, "first", total=3).wait() == [0, 0]
+    (tmp_path / "checkpoint-3").rename(tmp_path / "aside")
+    job = start(
+        tmp_path, "back", accident=jobs.Kill("renaming", None, tmp_path / "jobs" / "back"), pause=tmp_path / "aside"
+    )
+    assert job.wait() == [-9, -9], job.errors()
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".checkpoint-3.old", ".checkpoint-3.partial"]
+    again = start(tmp_path, "again")
+    assert again.wait() == [0, 0], again.errors()
+    assert_result(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2)])
+def test_going_on_with_another_number_of_ranks(
+    undisturbed: dict[str, Tensor], tmp_path: Path, before: int, after: int, sharded: bool
+) -> None:
+    assert start(tmp_path, "before", ranks=before, total=3, sharded=before > 1).wait() == [0] * before
+    job = start(tmp_path, "after", ranks=after, sharded=sharded and after > 1)
+    assert job.wait() == [0] * after, job.errors()
+    assert_result(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_ranks_full_disk_stops_all(undisturbed: dict[str, Tensor], tmp_path: Path, victim: int) -> None:
+    job = start(tmp_path, "full", accident=jobs.DiskFull(victim), every=0.05)
+    assert job.wait() == [2, 2], job.errors()
+    says = (
+        f"could not write {tmp_path}/checkpoint-3: No space left on device. The last whole checkpoint is {tmp_path}/ch"
+    )
+    for rank in range(2):
+        assert job.errors(rank).startswith(f"tdm-fast: {says}"), job.errors()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "jobs"]
+    assert start(tmp_path, "again").wait() == [0, 0]
+    assert_result(tmp_path, undisturbed)
+
+
+def test_all_ranks_of_a_second_run_are_refused(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (tmp_path / ".checkpoint-7.partial").mkdir()
+        job = start(tmp_path, "second")
+        assert job.wait() == [2, 2]
+    for rank in range(2):
+        assert (
+            job.errors(rank)
+            .strip()
+            .endswith(f"{tmp_path} is in use by another run; wait for its end or name another folder")
+        )
+    assert (tmp_path / ".checkpoint-7.partial").exists()
+
+
+def test_all_ranks_refuse_a_shard_that_is_not_what_it_was(tmp_path: Path) -> None:
+    assert start(tmp_path, "first", total=2).wait() == [0, 0]
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+        file = tmp_path / "checkpoint-2" / name
+        data = file.read_bytes()
+        other = (tmp_path / "checkpoint-1" / name).read_bytes()
+        for number, (bad, what) in enumerate({data[:-1]: "cut", other: "SHA-256", None: "is missing"}.items()):
+            file.unlink()
+            if bad is not None:
+                file.write_bytes(bad)
+            job = start(tmp_path, f"{name}{number}")
+            assert job.wait() == [2, 2]
+            for rank in range(2):
+                line = job.errors(rank).strip()
+                assert f"checkpoint {tmp_path}/checkpoint-2 is damaged ({name} " in line and what in line
+                assert "Traceback" not in line and "remove it to go on from the one before" in line
+            file.write_bytes(data)
+    assert start(tmp_path, "again").wait() == [0, 0]
+
+
+def test_of_replicas_one_is_written(tmp_path: Path) -> None:
+    job = few_ranks.start(jobs.save_replicas, 4, tmp_path / "jobs", tmp_path / "run")
+    assert job.wait() == [0] * 4, job.errors()
+    files = json.loads((tmp_path / "run" / "checkpoint-1" / STATE_FILE).read_text())["files"]
+    shards = [of["bytes"] for name, of in files.items() if name.startswith("__")]
+    tensors, _ = load_checkpoint(tmp_path / "run" / "checkpoint-1")
+    assert all(torch.equal(tensors["a"][f"{i}"], torch.full((8, 1000), float(i))) for i in range(4))
+    size = 4 * 8 * 1000 * 4
+    assert len(shards) == 4 and size < sum(shards) < 1.2 * size
+    assert max(shards) < 1.1 * size / 4  # and all write alike
+
+
+def test_parts_of_sharded_states(tmp_path: Path) -> None:
+    job = few_ranks.start(jobs.save_eighths, 2, tmp_path / "jobs", tmp_path / "run")
+    assert job.wait() == [0, 0], job.errors()

@@ -17,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tdm_fast import sizing, step
 from tdm_fast import train as module
 from tdm_fast.checkpoint import latest_checkpoint, load_checkpoint
-from tdm_fast.config import ModelConfig, NetworksConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
+from tdm_fast.config import (
+    BUNDLED_TEACHER,
+    ModelConfig,
+    NetworksConfig,
+    OptimiserConfig,
+    RunConfig,
+    TrainConfig,
+    parse_train,
+)
 from tdm_fast.distill import TDMConfig
 from tdm_fast.models.loading import load_pipeline
 from tdm_fast.sample import choose_timesteps
@@ -33,6 +41,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one index": {"index_per": "iteration", "activation_checkpointing": "selective"},
     "sizes": {"video_sizes": ("5x32x32", "9x16x32")},
     "no average": {"use_ema": False},
+    # The bundled teacher, because moments of fewer than 4096 numbers stay in 32 bits.
+    "8-bit AdamW": {"use_8bit_adam": True, "model": BUNDLED_TEACHER},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from tdm_fast import host
 from tdm_fast import train as module
-from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, locked
+from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, locked, save_checkpoint
 from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
 from tdm_fast.distill import TDMConfig
 from tdm_fast.models.loading import load_pipeline
@@ -131,7 +132,7 @@ def test_a_run_leaves_what_it_should(finished: Path, tiny_teacher: Path) -> None
     assert parse_train(["--config", str(finished / "config.yaml")]) == parse_train(
         ["--model", str(tiny_teacher), "--output_dir", str(finished), "--checkpoints_total_limit", "None", *FLAGS]
     )
-    assert not list(finished.rglob(".*"))
+    assert {path.name for path in finished.rglob(".*")} == {".metadata"}  # each checkpoint's own
 
 
 def test_the_student_has_moved_and_is_the_average(finished: Path, tiny_teacher: Path) -> None:
@@ -203,6 +204,26 @@ def test_ctrl_c_is_one_line_and_code_130(
     assert_same_run(finished, output)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_told_to_leave_saves_and_goes_on(
+    number: signal.Signals, finished: Path, tiny_teacher: Path, start_command: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    flags = [*FLAGS, "--checkpointing_steps", 100]
+    command = start_command("train", "--model", tiny_teacher, "--output_dir", output, *flags)
+    wait_for(lambda: len(rows(output)) >= 2)
+    os.kill(command.process.pid, number)
+    assert command.wait() == 143, command.errors()
+    done = rows(output)[-1]["step"]
+    assert done < STEPS and [path.name for path in checkpoints(output)] == [f"checkpoint-{done}"]
+    assert command.errors().strip().splitlines()[-1] == (
+        f"tdm-fast: stopped by {number.name} after iteration {done}, which is saved in {output}/checkpoint-{done}; the"
+        " same command goes on from there"
+    )
+    assert start_command("train", "--model", tiny_teacher, "--output_dir", output, *FLAGS).wait() == 0
+    assert_same_run(finished, output)
+
+
 @pytest.mark.parametrize(
     ("file_limit", "flags", "says"),
     [
@@ -263,11 +284,22 @@ def test_two_and_two_iterations_are_four(config: TrainConfig, tmp_path: Path, mo
     again = moved(config, tmp_path / "again", checkpointing_steps=1, checkpoints_total_limit=1)
     train(again)
     assert_same_run(tmp_path / "whole", tmp_path / "again")
-    before = {path: path.read_bytes() for path in (tmp_path / "again").glob("checkpoint-*/*.safetensors")}
-    assert len(before) == 6
+    before = {path: path.read_bytes() for path in (tmp_path / "again").glob("checkpoint-*/*")}
+    assert len(before) == 3
     train(again)  # nothing left to do
     assert before == {path: path.read_bytes() for path in before}
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(moved(config, tmp_path / "steady"))
+    moments = itertools.cycle([2e9, 1.0, 4e9, 1e9])
+    monkeypatch.setattr(time, "time", lambda: next(moments))
+    train(moved(config, tmp_path / "jumping", checkpointing_steps=1))
+    assert_same_run(tmp_path / "steady", tmp_path / "jumping")
+    assert [path.name for path in checkpoints(tmp_path / "jumping")] == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(config: TrainConfig, tmp_path: Path) -> None:
@@ -293,10 +325,10 @@ def test_a_checkpoint_of_another_run_is_refused(config: TrainConfig, tmp_path: P
         train(moved(short, short.run.output_dir, resume_from_checkpoint="none"))
     with pytest.raises(ValueError, match=r"elsewhere is not a checkpoint \(no state.json; found: no such folder\)"):
         train(moved(short, tmp_path / "new", resume_from_checkpoint=str(tmp_path / "elsewhere")))
-    stage = tmp_path / "stage"
-    shutil.copytree(short.run.output_dir / "checkpoint-1", stage)
-    (stage / "ema.safetensors").unlink()
-    with pytest.raises(ValueError, match="stage is no checkpoint of a training run: it lacks ema"):
+    groups, meta = load_checkpoint(short.run.output_dir / "checkpoint-1")
+    del groups["ema"]
+    stage = save_checkpoint(tmp_path / "stage", 1, groups, meta)
+    with pytest.raises(ValueError, match="stage/checkpoint-1 is no checkpoint of a training run: it lacks ema"):
         train(moved(short, tmp_path / "new", resume_from_checkpoint=str(stage)))
     assert saved == {path: path.read_bytes() for path in saved}
     # What does not decide the weights may change.
@@ -350,7 +382,7 @@ def test_a_run_can_go_back_to_a_checkpoint_of_its_own(config: TrainConfig, tmp_p
 def test_a_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
     train(config)
     newest = latest_checkpoint(config.run.output_dir)
-    file = newest / "student_optimizer.safetensors"
+    file = newest / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"checkpoint {newest} is damaged .*; remove it to go on from the one before"):
         train(config)

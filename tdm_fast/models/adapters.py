@@ -31,10 +31,10 @@ class AdapterLinear(nn.Linear):
     """
 
     @classmethod
-    def like(cls, base: Tensor, weight: Tensor) -> AdapterLinear:
-        """With this weight, on `base`'s device, in its dtype or fp32: bf16 would round small updates away."""
+    def like(cls, base: Tensor, weight: Tensor, device: torch.device | None = None) -> AdapterLinear:
+        """With this weight, on `base`'s device or another, in its dtype or fp32, as bf16 rounds small updates away."""
         linear = cls(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.to(base.device, torch.promote_types(base.dtype, torch.float32)))
+        linear.weight = nn.Parameter(weight.to(device or base.device, torch.promote_types(base.dtype, torch.float32)))
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
@@ -51,10 +51,19 @@ class Adapters:
     `enable_adapters`: autograd looks at `requires_grad` when a gradient arrives, and drops in silence what comes for
     an adapter that was switched off between its forward and its backward. Compiled blocks see only the flags change.
 
+    They are made on the model's device, or on `device`: a model on the meta device gets its weights later.
     Raises ValueError when the model has adapters already or no `transformer_blocks` with such linears.
     """
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], rank: int, alpha: float, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: tuple[str, ...],
+        rank: int,
+        alpha: float,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
         # Importing peft takes more than a second, which networks without adapters need not wait for.
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
@@ -83,8 +92,8 @@ class Adapters:
             for name in names:
                 down = torch.empty(rank, layer.in_features)
                 nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # peft's own
-                layer.lora_A[name] = AdapterLinear.like(layer.weight, down)
-                layer.lora_B[name] = AdapterLinear.like(layer.weight, torch.zeros(layer.out_features, rank))
+                layer.lora_A[name] = AdapterLinear.like(layer.weight, down, device)
+                layer.lora_B[name] = AdapterLinear.like(layer.weight, torch.zeros(layer.out_features, rank), device)
         setattr(model, _ADAPTERS, self)
         self._cooperate_with_checkpointing()
 
@@ -123,9 +132,14 @@ class Adapters:
         return {name.replace(".base_layer.", "."): value for name, value in state if ".lora_" not in name}
 
     @torch.no_grad()
-    def merged_state(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`base_state` with W + (alpha / rank) B A of the adapter `weights` in W's place, rounded once to W's dtype."""
-        state = self.base_state()
+    def merged_state(
+        self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """`base_state` with W + (alpha / rank) B A of the adapter `weights` in W's place, rounded once to W's dtype.
+
+        `base` is what `base_state` gives if not given: a sharded network's has to be collected first.
+        """
+        state = self.base_state() if base is None else dict(base)
         for path in self.layers:
             name = f"{path}.weight"
             product = weights[f"{path}.lora_B.weight"] @ weights[f"{path}.lora_A.weight"]

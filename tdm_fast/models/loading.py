@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,9 +67,10 @@ class Pipeline:
         return next(self.denoiser.parameters()).device
 
     def to(self, device: torch.device | str) -> Pipeline:
-        """Move the networks to a device; returns itself."""
+        """Move the networks to a device, but those that have no weights; returns itself."""
         for network in (self.denoiser, self.vae, self.text_encoder):
-            network.to(device)
+            if not any(parameter.is_meta for parameter in network.parameters()):
+                network.to(device)
         return self
 
     def latents_of(self, size: str) -> tuple[int, ...]:
@@ -110,14 +111,18 @@ class Pipeline:
         self.timesteps = self.trajectories[num_steps]
 
 
-def load_pipeline(folder: Path) -> Pipeline:
+def load_pipeline(folder: Path, *, empty: Collection[str] = ()) -> Pipeline:
     """Load a teacher's or a student's folder onto the CPU, everything frozen and in evaluation mode.
 
-    A student whose folder keeps its adapter apart gets it merged. Raises ValueError when the folder is missing,
-    half-written or holds a model of another class.
+    A student whose folder keeps its adapter apart gets it merged. The networks named in `empty` are made on the meta
+    device, without weights. Raises ValueError when the folder is missing, half-written or holds a model of another
+    class, and for a transformer to be left empty that is a student of several files.
     """
     check_folder(folder)
-    parts = {name: load_network(folder / name, cls) for name, cls in NETWORKS.items()}
+    parts = {
+        name: empty_network(folder / name, cls) if name in empty else load_network(folder / name, cls)
+        for name, cls in NETWORKS.items()
+    }
     index = read_json(folder / INDEX_FILE)
     scheduler_class = getattr(diffusers, index["scheduler"][1], None)
     if scheduler_class is None:
@@ -125,6 +130,10 @@ def load_pipeline(folder: Path) -> Pipeline:
     scheduler = scheduler_class.from_pretrained(folder / "scheduler")
     schedule = Schedule.from_scheduler(scheduler)
     own = _few_step(folder, schedule.num_train_timesteps)
+    if "transformer" in empty and (own.adapter or own.trajectories):
+        raise ValueError(
+            f"{folder}: a student with an adapter or biases beside it is not loaded in shards; --sharding none would do"
+        )
     if own.adapter is not None:
         _merge_adapter(parts["transformer"], folder / own.adapter)
     transformer = parts["transformer"].requires_grad_(False).eval()
@@ -313,6 +322,18 @@ def load_network(folder: Path, cls: Any) -> Any:
         if names := sorted(info[keys]):
             raise ValueError(f"{folder}: {len(names)} weights of {cls.__name__} {says}, {names[0]} first")
     return model
+
+
+def empty_network(folder: Path, cls: Any) -> Any:
+    """A network of a folder's config whose parameters are on the meta device; what it computes for itself is there."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return (
+            cls(cls.config_class.from_pretrained(folder))
+            if cls is T5EncoderModel
+            else cls.from_config(cls.load_config(folder))
+        )
 
 
 def _class_name(index: dict[str, Any], name: str) -> str | None:

@@ -3,7 +3,8 @@
 Constructor, state dict and call are those of the public ``OpenSoraT2V_v1_3``, so that its published weights load as
 they are. What differs on purpose: masks may be None (and then cost nothing), rotary angles are exact in half precision,
 every axis has its own interpolation scale, ``sparse1d=False`` works with any ``sparse_n``, the time embedding can be
-added to, and LoRA adapters load as they do in diffusers' own transformers.
+added to, LoRA adapters load as they do in diffusers' own transformers, and the tokens of one video can be split over
+ranks.
 """
 
 from typing import Any
@@ -16,7 +17,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from tdm_fast.models.context import Context, gather_tokens
 from tdm_fast.models.opensora_layers import OpenSoraBlock, TokenLayout, keep_something, rotary_tables
 
 # Blocks outside this range attend densely, whatever sparse1d says.
@@ -113,6 +116,7 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         self._layout_kinds = [self._layout_kind(index) for index in range(num_layers)]
         self._layout_cache: dict[tuple[object, ...], dict[LayoutKind, TokenLayout]] = {}
+        self._context: Context | None = None
         self._initialise_weights()
 
     @property
@@ -123,6 +127,32 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _layout_kind(self, layer: int) -> LayoutKind:
         sparse = self.config.sparse1d and FIRST_SPARSE_LAYER <= layer <= LAST_SPARSE_LAYER
         return (self.config.sparse_n, layer % 2 == 1) if sparse and self.config.sparse_n > 1 else NATURAL_ORDER
+
+    def set_context_group(self, group: ProcessGroup | None) -> None:
+        """Split the tokens of every video over the ranks of ``group``; with None, or a group of one rank, over none.
+
+        All ranks of the group give the same inputs and get the same, whole output. Between the patch embedding and the
+        last linear each has its own tokens (the last ranks have padding where tokens do not divide), in self-attention
+        its own heads; tdm_fast/models/context.py says what is exchanged. Gradients of parameters, and of inputs, are
+        this rank's part: their sum over the group is the gradient, provided that every rank computes the same loss.
+        Dropout is drawn by each rank for its own tokens. A copy of the model has the same group.
+
+        Raises ValueError where the heads do not divide by the ranks, and where this process is not in the group.
+        """
+        context = None if group is None else Context.of(group)
+        heads = self.config.num_attention_heads
+        if context is not None and heads % context.size:
+            sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ValueError(
+                f"a context group of {context.size} ranks cannot share {heads} attention heads evenly; sizes that do: "
+                f"{sizes}"
+            )
+        self._context = None if context is None or context.size == 1 else context
+        self._layout_cache.clear()
+
+    @property
+    def _own_heads(self) -> int:
+        return self.config.num_attention_heads // (1 if self._context is None else self._context.size)
 
     @torch.no_grad()
     def _initialise_weights(self) -> None:
@@ -193,8 +223,13 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         layouts = self._layouts(size, x.device)
         if attention_mask is not None:
             keep = _pool_mask(attention_mask, size, patch)
-            heads = self.config.num_attention_heads
-            layouts = {kind: layout.with_mask(keep, heads) for kind, layout in layouts.items()}
+            layouts = {kind: layout.with_mask(keep, self._own_heads) for kind, layout in layouts.items()}
+        tokens, rows, context = x.shape[1], x.shape[1], self._context
+        if context is not None:
+            rows = context.rows(tokens, max(subsequences for subsequences, _ in layouts) ** 2)
+            layouts = {kind: layout.shared(context, rows) for kind, layout in layouts.items()}
+            own = x[:, context.own(tokens, rows)].clone(memory_format=torch.contiguous_format)  # the rest is not kept
+            x = layouts[NATURAL_ORDER].arrange(own)
 
         order = NATURAL_ORDER
         x = x.contiguous()  # as between blocks, so that the first one is no other program to torch.compile
@@ -209,6 +244,8 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         shift, scale = (self.scale_shift_table + embedded_timestep.unsqueeze(1)).chunk(2, dim=1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+        if context is not None:
+            x = gather_tokens(x, context, tokens, rows)
         sample = self._unpatchify(x, size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -229,8 +266,7 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         with torch.inference_mode(False), torch.no_grad():
             cos, sin = rotary_tables(size, config.attention_head_dim, scales, device)
             layouts = {
-                kind: TokenLayout.build(cos, sin, *kind, heads=config.num_attention_heads)
-                for kind in set(self._layout_kinds)
+                kind: TokenLayout.build(cos, sin, *kind, heads=self._own_heads) for kind in set(self._layout_kinds)
             }
         if type(cos) is Tensor:  # a fake tensor of torch.compile or of a dry run must not stay behind
             while len(self._layout_cache) >= MAX_CACHED_LAYOUTS:

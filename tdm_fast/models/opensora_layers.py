@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from tdm_fast.models.context import Context, heads_to_tokens, tokens_to_heads
+
 ROPE_BASE = 10_000.0
 
 
@@ -68,6 +70,9 @@ class TokenLayout:
 
     cos, sin: ``[N', 1, head_dim]`` in the arranged order, N' tokens with padding.
     mask: bool ``[B or 1, n · heads, 1, N' / n]``, True where a key counts, or None where all count.
+
+    With a ``context`` (:meth:`shared`) tokens are those of this rank, with ``padding`` of its own, and so are the rows
+    of cos and sin. Self-attention has the ``attended`` tokens of all ranks, which the mask is for, and heads / R heads.
     """
 
     cos: Tensor
@@ -76,6 +81,8 @@ class TokenLayout:
     subsequences: int = 1
     swapped: bool = False
     padding: int = 0
+    context: Context | None = None
+    attended: int | None = None
 
     @classmethod
     def build(cls, cos: Tensor, sin: Tensor, subsequences: int, swapped: bool, heads: int) -> "TokenLayout":
@@ -96,6 +103,22 @@ class TokenLayout:
         keep = keep.unflatten(1, (-1, self.subsequences)).transpose(1, 2)  # [B, n, N' / n]
         keep = keep_something(keep)[:, :, None, None].expand(-1, -1, heads, -1, -1)
         return dataclasses.replace(self, mask=keep.flatten(1, 2))
+
+    def shared(self, context: Context, rows: int) -> "TokenLayout":
+        """This layout of all tokens for the ``rows`` of this rank, a multiple of n².
+
+        Exchanging b and c moves no token to another rank, so arranging needs no communication. What the ranks have
+        beyond N' tokens takes no part in attention.
+        """
+        attended = self.cos.shape[0]
+        start = context.rank * rows
+        cos, sin = (
+            F.pad(table, (0, 0, 0, 0, 0, context.size * rows - attended))[start : start + rows]
+            for table in (self.cos, self.sin)
+        )
+        own = context.own(attended - self.padding, rows)
+        padding = rows - (own.stop - own.start)
+        return dataclasses.replace(self, cos=cos, sin=sin, padding=padding, context=context, attended=attended)
 
     def arrange(self, x: Tensor) -> Tensor:
         """Bring ``x [B, N, c]`` into this layout: ``[B, N', c]``."""
@@ -151,10 +174,25 @@ class SelfAttention(Attention):
         query = apply_rotary(self.to_q(x).unflatten(-1, per_head), layout.cos, layout.sin)
         key = apply_rotary(self.to_k(x).unflatten(-1, per_head), layout.cos, layout.sin)
         value = self.to_v(x).unflatten(-1, per_head)
+        if layout.context is not None:
+            return self._project_out(self._attend_over_ranks(query, key, value, layout).reshape(x.shape))
         if layout.subsequences > 1:
             folded = (x.shape[0], -1, layout.subsequences * self.heads, per_head[1])
             query, key, value = query.view(folded), key.view(folded), value.view(folded)
         return self._project_out(self._attend(query, key, value, layout.mask).reshape(x.shape))
+
+    def _attend_over_ranks(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
+        """``query, key, value [B, n, heads, head_dim]`` of this rank's tokens to the like of them."""
+        assert layout.context is not None and layout.attended is not None
+        together = tokens_to_heads(query, key, value, layout.context, layout.subsequences)
+        padding = together.shape[1] - layout.attended // layout.subsequences
+        if padding:
+            together = together[:, :-padding]
+        query, key, value = together.unbind(2)
+        out = self._attend(query, key, value, layout.mask)
+        if padding:
+            out = F.pad(out, (0, 0, 0, 0, 0, padding))
+        return heads_to_tokens(out, layout.context, layout.subsequences)
 
 
 class CrossAttention(Attention):

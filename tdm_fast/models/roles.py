@@ -112,20 +112,28 @@ class Networks:
         finally:
             self.load("student", own)
 
-    def student_network(self, weights: Mapping[str, Tensor] | None = None, num_steps: int | None = None) -> nn.Module:
+    def student_network(
+        self,
+        weights: Mapping[str, Tensor] | None = None,
+        num_steps: int | None = None,
+        base: Mapping[str, Tensor] | None = None,
+    ) -> nn.Module:
         """The student as a plain frozen network of the teacher's class: adapter merged, the vector of K folded in.
 
         `weights`, by the names of `trainable("student")`, are the student's own if not given. `num_steps` is K under
-        unify, the greatest if not given. What needs no merging shares memory with the base or with `weights`.
+        unify, the greatest if not given. What needs no merging shares memory with the base or with `weights`. Where
+        networks are sharded both `weights` and `base`, the network of the adapters, are given, as plain tensors.
         Raises ValueError for a K that the student was not told in training.
         """
         from accelerate import init_empty_weights
 
         own = self._student(weights)
-        state = self.adapters.merged_state(own) if self.adapters else {**self.roles.student.model.state_dict(), **own}
+        state = (
+            self.adapters.merged_state(own, base) if self.adapters else {**self.roles.student.model.state_dict(), **own}
+        )
         state = {name: value.detach() for name, value in state.items() if name != STEPS_WEIGHT}
         if self.unify:
-            state[f"{self._time_embedding()}.bias"] = self.biases(own)[self._known(num_steps)]
+            state[f"{self._time_embedding()}.bias"] = self.biases(own, base)[self._known(num_steps)]
         model: Any = self.roles.student.model
         with init_empty_weights():  # of the weights alone; what a network computes for itself it needs to have
             network = type(model).from_config(model.config)
@@ -133,12 +141,15 @@ class Networks:
         return network.to(next(iter(state.values())).device).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def biases(self, weights: Mapping[str, Tensor] | None = None) -> dict[int, Tensor]:
+    def biases(
+        self, weights: Mapping[str, Tensor] | None = None, base: Mapping[str, Tensor] | None = None
+    ) -> dict[int, Tensor]:
         """For each K of unify the bias `[d]` of the time embedding's last linear with the vector of K folded in."""
         own = self._student(weights)
         if self.unify is None:
             return {}
-        bias = own.get(f"{self._time_embedding()}.bias", self.roles.student.time_embedding().bias)
+        name = f"{self._time_embedding()}.bias"
+        bias = own.get(name, (base or {}).get(name, self.roles.student.time_embedding().bias))
         return {k: (bias + row).to(bias.dtype) for k, row in zip(self.unify, own[STEPS_WEIGHT], strict=True)}
 
     def lora_file(self, weights: Mapping[str, Tensor] | None = None, num_steps: int | None = None) -> bytes:
@@ -163,11 +174,13 @@ class Networks:
         *,
         weights: Mapping[str, Tensor] | None = None,
         lora_save: Literal["merged", "adapter"] = "merged",
+        base: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the student's folder, which samples by itself; `timesteps` are its nodes, under unify those of each K.
 
         merged: the transformer is `student_network()`. adapter: it is the teacher's, and the adapter is merged when
         the folder is loaded. The adapter's file is there either way; under unify, one for each other K as well.
+        `weights` and `base` as in `student_network`.
         Raises SaveError when it cannot be written and ValueError for `timesteps` that do not fit.
         """
         if lora_save not in ("merged", "adapter"):
@@ -183,10 +196,10 @@ class Networks:
                 files[LORA_FILE.replace(".", f"_{k}_step.", 1)] = self.lora_file(weights, k)
         save_student(
             folder,
-            None if lora_save == "adapter" else self.student_network(weights),
+            None if lora_save == "adapter" else self.student_network(weights, base=base),
             teacher,
             timesteps,
-            biases=self.biases(weights) if self.unify else None,
+            biases=self.biases(weights, base) if self.unify else None,
             files=files,
             adapter=LORA_FILE if lora_save == "adapter" else None,
         )
@@ -215,13 +228,15 @@ def make_networks(
     teacher_dtype: torch.dtype | Literal["auto"] | None = "auto",
     unify: Sequence[int] | None = None,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> Networks:
     """Student and fake score that start as `teacher`, whose network is taken over: frozen, and cast to `teacher_dtype`.
 
     full: the two are trainable copies, in at least fp32. lora: the two are adapters of rank `lora_rank` on the
     teacher's own network, scaled by lora_alpha / lora_rank (1 if not given), trainable, in at least fp32; `seed`
     decides their first values. `teacher_dtype` is bf16 on CUDA and unchanged elsewhere if "auto", unchanged if None.
-    `unify` are the numbers of steps that both are told, each by an embedding of its own.
+    `unify` are the numbers of steps that both are told, each by an embedding of its own. `device` is where adapters and
+    embeddings are made beside a network that is on the meta device.
     Raises ValueError for a value that cannot work and a network that cannot be adapted or told.
     """
     _check(kind, lora_rank, lora_alpha, teacher_dtype, unify)
@@ -234,7 +249,7 @@ def make_networks(
     if kind == "full":
         copies = [_trainable_copy(teacher, trained_dtype) for _ in TRAINED]
     else:
-        adapters = Adapters(frozen, TRAINED, lora_rank, lora_rank if lora_alpha is None else lora_alpha, seed)
+        adapters = Adapters(frozen, TRAINED, lora_rank, lora_rank if lora_alpha is None else lora_alpha, seed, device)
         copies = [type(teacher)(frozen, teacher.schedule) for _ in TRAINED]
         for name, denoiser in zip(TRAINED, copies, strict=True):
             denoiser.context = RunWith(adapters, name)
@@ -243,7 +258,7 @@ def make_networks(
     if unify is not None:
         for denoiser in copies:
             dim = denoiser.time_embedding().out_features
-            denoiser.steps_embedding = StepsEmbedding(sorted(unify), dim, trained_dtype, weight.device)
+            denoiser.steps_embedding = StepsEmbedding(sorted(unify), dim, trained_dtype, device or weight.device)
     student, fake = copies
     return Networks(Roles(student, teacher, fake), adapters, None if unify is None else tuple(sorted(unify)))
 

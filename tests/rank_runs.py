@@ -1,0 +1,63 @@
+"""Functions run by several ranks, each a process of one thread, over gloo on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PRELOAD = ["tdm_fast.train", "torch.distributed.fsdp", "torch.distributed.tensor", "peft"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """What `function(*arguments)` returns on each of `world` ranks; fails with the first error of any."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{rank}.pt" for rank in range(world)]
+        started = [
+            context.Process(target=_one, args=(environment(rank, world, port), function, arguments, str(path)))
+            for rank, path in enumerate(paths)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(timeout)
+        late = [rank for rank, process in enumerate(started) if process.is_alive()]
+        for process in started:
+            process.kill()
+        errors = [path.with_suffix(".err").read_text() for path in paths if path.with_suffix(".err").exists()]
+        assert not errors and not late, f"ranks {late} have not ended\n" + "\n".join(errors)
+        return [torch.load(path, weights_only=False) for path in paths]
+
+
+def environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def _one(variables: dict[str, str], function: Callable[..., Any], arguments: Sequence[Any], path: str) -> None:
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    try:
+        torch.save(function(*arguments), path)
+    except BaseException:
+        Path(path).with_suffix(".err").write_text(f"rank {variables['RANK']}: {traceback.format_exc()}")
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,314 @@
+"""Sharded networks: the same numbers as one process, the fewest bytes, no whole copy while loading."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_runs import run_ranks
+from torch.distributed.tensor import DTensor
+
+from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig
+from tdm_fast.distill import TDMConfig
+from tdm_fast.memory import TensorMemory
+from tdm_fast.models.loading import load_pipeline
+from tdm_fast.ranks import Ranks, joined
+from tdm_fast.sharding import collect
+from tdm_fast.sizing import with_flags
+from tdm_fast.step import Batch, State, make_batch, make_state, update
+from tdm_fast.traffic import Traffic
+from tdm_fast.train import prompt_cache, prompts_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tiny_teacher: Path, tmp_path: Path) -> TrainConfig:
+    config = TrainConfig(
+        model=ModelConfig(model=tiny_teacher),
+        tdm=TDMConfig(num_steps=4, seed=4),
+        optimiser=OptimiserConfig(max_train_steps=20, train_batch_size=4, learning_rate=1e-3, lr_warmup_steps=1),
+        run=RunConfig(output_dir=tmp_path / "run", num_eval_videos=0),
+    )
+    prompt_cache(config, load_pipeline(tiny_teacher), prompts_of(config))  # once, for all ranks
+    return config
+
+
+Seen = Callable[[int, State, Batch], None]
+
+
+def iterate(config: TrainConfig, ranks: Ranks, iterations: int, before: Seen | None = None) -> tuple[State, list[Any]]:
+    """Iterations of this rank, and what each said."""
+    whole = load_pipeline(config.model.model)
+    cache = prompt_cache(config, whole, prompts_of(config))
+    sharded = ranks.world > 1 and config.networks.sharding != "none"
+    teacher = load_pipeline(config.model.model, empty=("transformer",)) if sharded else whole
+    state = make_state(teacher.denoiser, config, ranks, config.model.model / "transformer" if sharded else None)
+    rows = []
+    for iteration in range(iterations):
+        batch = make_batch(iteration, cache, config, [whole.latent_shape], ranks=ranks)
+        if before is not None:
+            before(iteration, state, batch)
+        rows.append({name: value.item() for name, value in update(state, batch, config, nullcontext).items()})
+    return state, rows
+
+
+def rows_of(config: TrainConfig, iterations: int) -> list[Any]:
+    n = config.networks
+    with joined(CPU, n.sharding, n.shard_size, n.context_parallel) as ranks:
+        state, rows = iterate(config, ranks, iterations)
+        collected = collect(state.networks, state.student_weights, ranks)
+        return [rows, collected and collected.weights]
+
+
+def assert_same(found: list[Any], wanted: list[Any], rtol: float = 1e-5) -> None:
+    for name in ("loss_fake", "loss_student"):
+        ours, theirs = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for rows in (found, wanted))
+        assert torch.allclose(ours, theirs, rtol=rtol, atol=0), (
+            name,
+            (ours / theirs - 1).abs().max(),
+            [f"{x:.1e}" for x in ours / theirs - 1],
+        )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, parts, one index": {"gradient_accumulation_steps": 2, "index_per": "iteration"},
+    "full, unify, shared index, kept": {"unify": (2, 4), "share_index": True, "reshard_after_forward": False},
+    "full, shared index, parts, block": {
+        "share_index": True, "gradient_accumulation_steps": 2, "activation_checkpointing": "block", "fake_updates": 2,
+    },
+    "lora": {"roles": "lora", "lora_rank": 2, "unify": (2, 4)},
+    "lora, parts, block": {
+        "roles": "lora", "lora_rank": 2, "gradient_accumulation_steps": 2, "activation_checkpointing": "block",
+    },
+    "none": {"sharding": "none"},
+    "none, parts, lora": {"sharding": "none", "roles": "lora", "lora_rank": 2, "gradient_accumulation_steps": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES.keys())
+def test_two_ranks_are_one(flags: dict[str, Any], config: TrainConfig) -> None:
+    """Losses, and the averaged student, of one rank and of two; the one makes no parts."""
+    config = with_flags(config, **flags)
+    _, alone = iterate(with_flags(config, gradient_accumulation_steps=1), Ranks(), 4)
+    results = run_ranks(2, rows_of, config, 4)
+    for rows, _ in results:
+        assert_same(rows, alone)
+        assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in alone], rel=1e-4)
+    assert results[0][0] == results[1][0]
+    assert results[0][1] and results[1][1] is None
+
+
+def test_twenty_iterations(config: TrainConfig) -> None:
+    """At the default rates: Adam without momentum divides a gradient by its size, so rounding grows with the rate."""
+    config = with_flags(config, learning_rate=2e-5)
+    _, alone = iterate(config, Ranks(), 20)
+    assert_same(run_ranks(2, rows_of, config, 20)[0][0], alone)
+
+
+@pytest.mark.parametrize("flags", [{}, {"roles": "lora", "lora_rank": 2}], ids=["full", "lora"])
+def test_copies_of_shards(flags: dict[str, Any], config: TrainConfig) -> None:
+    """Two copies of two shards each: HSDP on four ranks."""
+    config = with_flags(config, **flags)
+    _, alone = iterate(config, Ranks(), 3)
+    for rows, _ in run_ranks(4, rows_of, with_flags(config, sharding="hybrid", shard_size=2), 3):
+        assert_same(rows, alone)
+
+
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (2, {}),
+        (2, {"roles": "lora", "lora_rank": 2, "unify": (2, 4)}),
+        (2, {"sharding": "none"}),
+        (4, {"sharding": "hybrid", "shard_size": 2}),
+    ],
+    ids=["full", "lora", "none", "hybrid"],
+)
+def test_ranks_that_share_a_sample(world: int, flags: dict[str, Any], config: TrainConfig) -> None:
+    """Two ranks split the tokens of every sample; on four, two such pairs have samples of their own."""
+    config = with_flags(config, **flags)
+    _, alone = iterate(config, Ranks(), 3)
+    for rows, _ in run_ranks(world, rows_of, with_flags(config, context_parallel=2), 3):
+        assert_same(rows, alone)
+        assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in alone], rel=1e-4)
+
+
+# ---- bytes
+
+
+def sizes(state: State, role: str) -> tuple[int, int, int]:
+    """Of a role's network: parameters, those in blocks, and those that train but are whole on every rank."""
+    model = getattr(state.networks.roles, role).model
+    of_model = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    blocks = sum(p.numel() for name, p in of_model.items() if name.startswith("transformer_blocks."))
+    trained = state.networks.trainable(role) if role != "teacher" else {}
+    return (
+        sum(p.numel() for p in of_model.values()),
+        blocks,
+        sum(p.numel() for p in trained.values() if not isinstance(p, DTensor)),
+    )
+
+
+def traffic_of(config: TrainConfig) -> Any:
+    """The bytes of the second iteration, when everything has been made, with the sizes of the networks."""
+    with joined(CPU, config.networks.sharding, config.networks.shard_size) as ranks:
+        state, _ = iterate(config, ranks, 1)
+        whole = load_pipeline(config.model.model)
+        cache = prompt_cache(config, whole, prompts_of(config))
+        batch = make_batch(1, cache, config, [whole.latent_shape], ranks=ranks)
+        roles = {role: sizes(state, role) for role in ("student", "teacher", "fake")}
+        with Traffic(state.networks.roles) as traffic:
+            update(state, batch, config, traffic.phase)
+        assert batch.draws.needed
+        return dict(traffic.bytes), roles
+
+
+SUMS = {("optimiser", "optimiser", "all-reduce"): 2 * 2 * 4}
+"""The norm and the loss of two updates."""
+
+
+def test_the_bytes_of_full_roles(config: TrainConfig) -> None:
+    """With P numbers in a network, B of them in blocks: what tdm_fast.sharding says, 4 bytes each."""
+    found, roles = run_ranks(2, traffic_of, config)[0]
+    p, b, _ = roles["student"]
+    assert found == {
+        ("rollout", "student", "gather"): 4 * p,
+        ("fake", "fake", "gather"): 4 * (p + b),
+        ("fake", "fake", "reduce"): 4 * p,
+        ("student", "student", "gather"): 4 * (p + b),
+        ("student", "teacher", "gather"): 4 * p,
+        ("student", "fake", "gather"): 4 * p,
+        ("student", "student", "reduce"): 4 * p,
+        **SUMS,
+    }
+
+
+def test_bf16_halves_the_gathers_and_not_the_reductions(config: TrainConfig) -> None:
+    flags = {"mixed_precision": "bf16", "reshard_after_forward": False, "gradient_accumulation_steps": 2}
+    found, roles = run_ranks(2, traffic_of, with_flags(config, **flags))[0]
+    p, _, _ = roles["student"]
+    assert found == {
+        ("rollout", "student", "gather"): 2 * p,
+        ("fake", "fake", "gather"): 2 * p,
+        ("fake", "fake", "reduce"): 4 * p,
+        ("student", "student", "gather"): 3 * 2 * p,  # of all three roles, before the first of them is called
+        ("student", "student", "reduce"): 4 * p,
+        **SUMS,
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_bytes_of_adapters(parts: int, config: TrainConfig) -> None:
+    """The base is gathered once for the rollout and the student's update, for the fake's twice or, in parts, once."""
+    config = with_flags(config, roles="lora", lora_rank=2, gradient_accumulation_steps=parts)
+    found, roles = run_ranks(2, traffic_of, config)[0]
+    p, b, adapter = roles["student"]
+    by_phase = {}
+    for (phase, _, collective), size in found.items():
+        by_phase[phase, collective] = by_phase.get((phase, collective), 0) + size
+    assert by_phase == {
+        ("rollout", "gather"): 4 * p,
+        ("fake", "gather"): 4 * (p + (b if parts == 1 else 0)),
+        ("student", "gather"): 4 * p,
+        ("communication", "all-reduce"): 2 * 4 * adapter,
+        ("optimiser", "all-reduce"): 2 * 2 * 4,
+    }
+
+
+def test_the_bytes_of_whole_weights(config: TrainConfig) -> None:
+    """Nothing is gathered; every gradient is all-reduced once, whatever the parts."""
+    flags = {"sharding": "none", "gradient_accumulation_steps": 2}
+    found, roles = run_ranks(2, traffic_of, with_flags(config, **flags))[0]
+    p, _, _ = roles["student"]
+    assert found == {("fake", "fake", "all-reduce"): 4 * p, ("student", "student", "all-reduce"): 4 * p, **SUMS}
+
+
+# ---- what is not finite
+
+
+def poisoned(config: TrainConfig, poisoned_rank: int) -> Any:
+    """Three iterations, of which one rank spoils the second's gradient of the student: weights after each, counters."""
+    seen = []
+
+    def spoil(iteration: int, state: State, _: Batch) -> None:
+        seen.append([p.detach().clone() for p in state.networks.trainable("student").values()])
+        if iteration == 1 and torch.distributed.get_rank() == poisoned_rank:
+            handle = state.networks.roles.student.register_forward_hook(
+                lambda *found: found[2] * float("nan") if found[2].requires_grad else found[2]
+            )
+            seen.append(handle)
+        elif iteration == 2 and len(seen) > 3:
+            seen.pop(2).remove()
+
+    with joined(CPU, config.networks.sharding, config.networks.shard_size) as ranks:
+        state, rows = iterate(config, ranks, 3, spoil)
+        weights = [[p.full_tensor() if isinstance(p, DTensor) else p for p in part] for part in seen]
+        last = [p.detach() for p in state.networks.trainable("student").values()]
+        weights.append([p.full_tensor() if isinstance(p, DTensor) else p for p in last])
+        return weights, rows
+
+
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [(2, {}), (4, {"sharding": "hybrid", "shard_size": 2}), (2, {"roles": "lora", "lora_rank": 2})],
+    ids=["full", "hybrid", "lora"],
+)
+def test_one_ranks_nan_skips_the_update_on_all(world: int, flags: dict[str, Any], config: TrainConfig) -> None:
+    config = with_flags(config, lr_warmup_steps=0, **flags)
+    for weights, rows in run_ranks(world, poisoned, config, world - 1):
+        moved = [
+            any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            for before, after in itertools.pairwise(weights)
+        ]
+        assert moved == [True, False, True]
+        assert [row["skipped_student"] for row in rows] == [0, 1, 0]
+        assert [row["skipped_fake"] for row in rows] == [0, 0, 0]
+
+
+# ---- loading
+
+
+def loaded(config: TrainConfig) -> Any:
+    """What making the networks takes: the most alive at once, the largest tensor made, and what stays."""
+    with joined(CPU) as ranks:
+        teacher = load_pipeline(config.model.model, empty=("transformer",))
+        largest = Largest()
+        with TensorMemory("cpu") as memory, largest:
+            state = make_state(teacher.denoiser, config, ranks, config.model.model / "transformer")
+        total = sum(p.nbytes for p in state.networks.roles.student.model.parameters())
+        names = {n: p.full_tensor() for n, p in state.networks.roles.fake.model.named_parameters()}
+        local = sum(p.to_local().nbytes for m in state.networks.models() for p in m.parameters())
+        return memory.peak, memory.current, largest.bytes, total, local, names
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor with memory of its own that an operator makes: safetensors' are views of a mapped file."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        view = func.is_view or func is torch.ops.aten.set_.source_Storage
+        if isinstance(result, torch.Tensor) and not isinstance(result, DTensor) and not result.is_meta and not view:
+            self.bytes = max(self.bytes, result.nbytes)
+        return result
+
+
+def test_no_rank_ever_holds_a_whole_copy(config: TrainConfig) -> None:
+    """Three networks and the average, in shards, are all that two ranks hold, beside one shard that is being read."""
+    config = with_flags(config, mixed_precision="no")
+    original = dict(load_pipeline(config.model.model).denoiser.model.named_parameters())
+    largest_shard = max(p.nbytes for p in original.values()) / 2
+    for peak, held, largest, total, local, names in run_ranks(2, loaded, config):
+        assert local == 3 * total / 2
+        assert held <= 4 * total / 2 + 1000  # and a few counters
+        assert peak <= 4 * total / 2 + 4 * largest_shard + 1000
+        assert largest <= largest_shard
+        assert all(torch.equal(names[name], p) for name, p in original.items())
