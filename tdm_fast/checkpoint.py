@@ -393,7 +393,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return groups, found.meta
 
 
-def first_words(error: Exception) -> str:
+def first_words(error: BaseException) -> str:
     """What gloo says went wrong, without where in its source and what it guesses."""
     return re.sub(r"^\[[^]]*\] *", "", str(error).strip()).split(". ", 1)[0]
 
