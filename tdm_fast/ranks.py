@@ -152,12 +152,15 @@ def joined(
         yield Ranks(device=device)
         return
     from tdm_fast.preemption import RankLost
+    from tdm_fast.rendezvous import fresh_store
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bound: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     try:
-        dist.init_process_group("nccl" if bound else "gloo", timeout=PATIENCE, **bound)
+        store, rank, world = fresh_store()
+        backend = "nccl" if bound else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE, **bound)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "context"))
         yield Ranks(rank, world, device, mesh, _weights_mesh(device.type, shape, sharding))
     except RuntimeError as error:

@@ -161,7 +161,7 @@ def make_optimizer(parameters: Sequence[Tensor], rate: float, config: OptimiserC
     if not config.use_8bit_adam:
         return torch.optim.AdamW(groups, fused=True, **options)
     try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
+        from torchao.optim import AdamW8bit
     except ImportError as error:
         raise ValueError("--use_8bit_adam needs torchao: pip install 'tdm-fast[8bit]'") from error
     return AdamW8bit(groups, **options)
