@@ -14,7 +14,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from tdm_fast.models import OpenSoraT2V_v1_3
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.schedule import Schedule
-from tdm_fast.step import Batch, State, make_batch, make_state, update
+from tdm_fast.step import Batch, State, make_batch, make_state, update, uses_bf16
 from tdm_fast.text import PromptCache
 
 PROMPTS = 16
@@ -267,19 +267,25 @@ class Runner:
 
 def reference_update(state: State, batch: Batch, config: TrainConfig, phase: Callable[[str], Any]) -> None:
     """An iteration as the public demo's trainer makes it: gradients are cleared before the backward, not after."""
-    tdm, _, conditioning, unconditional, latents, _ = batch
+    tdm, _, conditioning, unconditional, latents, *_ = batch
     iteration, roles, optimiser = state.iteration, state.networks.roles, config.optimiser
     draws = reference.draw(tdm, len(latents), iteration, device=state.device)
-    with phase("rollout"):
+
+    def computing() -> AbstractContextManager[Any]:
+        return torch.autocast(state.device.type, torch.bfloat16, enabled=uses_bf16(config, state.device))
+
+    with phase("rollout"), computing():
         rolled = reference.rollout(roles.student, latents, conditioning, roles.student.schedule, tdm, draws)
     with phase("fake"):
-        loss = reference.fake_loss(roles, rolled, conditioning, tdm, draws, iteration)
+        with computing():
+            loss = reference.fake_loss(roles, rolled, conditioning, tdm, draws, iteration)
         state.fake_optimizer.zero_grad()
         loss.backward()
     with phase("optimiser"):
         state.fake_optimizer.step()
     with phase("student"):
-        loss = reference.student_loss(roles, rolled, conditioning, unconditional, tdm, draws, iteration)
+        with computing():
+            loss = reference.student_loss(roles, rolled, conditioning, unconditional, tdm, draws, iteration)
         state.student_optimizer.zero_grad()
         loss.backward()
     with phase("optimiser"), torch.no_grad():

@@ -76,8 +76,8 @@ class OptimiserConfig:
     max_train_steps: int = 500
     """Iterations; each makes `fake_updates` fake-score updates and one student update."""
     train_batch_size: int | Literal["auto"] = 32
-    """Samples of one iteration, over all ranks together; `auto`, on one rank, finds the largest number that fits the
-    device's memory, and with it the least activation checkpointing."""
+    """Samples of one iteration, over all ranks together; `auto`, on one rank, finds the largest number up to 64 that
+    fits the device's memory, and with it the least activation checkpointing."""
     gradient_accumulation_steps: int = 1
     """Parts of a rank's samples whose gradients are added up one after another; activations take the memory of one."""
     learning_rate: float = 2e-5
@@ -127,14 +127,14 @@ class RunConfig:
     lora_save: Literal["merged", "adapter"] = "merged"
     """What the student's folder holds with `lora` roles: merged weights, or the teacher's and the adapter beside them;
     the adapter's file is there either way."""
-    logging_steps: int = 1
+    logging_steps: int = 10
     """Iterations between two readings of the losses, for which the host waits for the device."""
     max_skipped_steps: int = 10
     """Updates in a row that may be skipped, because a loss or gradient is not finite, before the run stops."""
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     """Where the numbers go besides `metrics.jsonl`."""
     profile: str | None = None
-    """Iterations A:B to trace; `trace.json.gz` in the run's folder opens in Perfetto."""
+    """Iterations A:B to trace; `trace-A-B.json.gz` in the run's folder opens in Perfetto."""
 
 
 @dataclass(kw_only=True)

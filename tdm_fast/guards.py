@@ -110,8 +110,9 @@ class Guard:
             if longest >= limit:
                 raise ValueError(
                     f"{longest} updates of the {role} in a row ({total} in all) had a loss or a gradient that is not"
-                    " finite: the training diverged. Lower rates, or a smaller max_grad_norm, may help; metrics.jsonl"
-                    f" names the samples. The last good checkpoint is {checkpoint or 'none'}"
+                    " finite: the training diverged; metrics.jsonl names the samples. The last good checkpoint is"
+                    f" {checkpoint or 'none'}: --resume_from_checkpoint with its path goes on from there with lower"
+                    " rates or a smaller --max_grad_norm"
                 )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -119,9 +120,10 @@ class Guard:
         return dict(self.counts)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `tensors`."""
+        """Inverse of `tensors`, but for the longest row of earlier skips, which is over."""
         for role, counts in self.counts.items():
             counts.copy_(tensors[role])
+            counts[2] = counts[1]
 
 
 @torch.no_grad()

@@ -245,14 +245,15 @@ def fill(optimizer: torch.optim.Optimizer) -> None:
 
 
 def device_memory(device: torch.device | str) -> int:
-    """Bytes that this process can have on a device, with what its allocator holds there already.
+    """Bytes that this process can have on a device besides the tensors that it has there.
 
     On a CPU: what the machine and, in a container, the control groups have left; files that are only cached count as
     free.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return min([_machine_left(), *(left for folder in _control_groups() for left in _group_left(folder))])
 
 

@@ -179,14 +179,6 @@ def count_operations(network: nn.Module, *inputs: Any) -> Cost:
     return Cost(forward.get_total_flops(), trained.get_total_flops())
 
 
-def iteration_flops(
-    student: Cost, teacher: Cost, fake: Cost, batch_size: int, rollout_samples: int, fake_updates: int = 1
-) -> int:
-    """Model FLOPs of one iteration from the costs of one sample; `rollout_samples` are those of all rollout calls."""
-    rolled = rollout_samples * student.forward
-    return rolled + batch_size * (fake_updates * fake.trained + student.trained + 2 * teacher.forward + fake.forward)
-
-
 @functools.cache
 def measured_matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of this device's own matrix product: the denominator of the utilisation, measured once per process.

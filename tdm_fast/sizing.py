@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -140,10 +141,20 @@ def refuse_what_cannot_fit(
         for part in (2, 4)
         if size // part >= unit and size // part % unit == 0
     ]
+    wishes[:0] = [{"activation_checkpointing": "selective"}]
+    lean: dict[str, Any] = {"use_ema": False}
+    wishes += [lean, lean | {"activation_checkpointing": "block"}]
+    if importlib.util.find_spec("torchao"):
+        wishes += [lean | {"use_8bit_adam": True, "activation_checkpointing": "block"}]
     wishes += [{"roles": "lora"}, {"roles": "lora", "activation_checkpointing": "block", "train_batch_size": unit}]
+    present = config.flat()
+    wishes = [wish for wish in wishes if any(present[name] != value for name, value in wish.items())]
+
+    def flag(name: str, value: Any) -> str:
+        return f"--{name} {value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no-{name}"
 
     def alternative(flags: Mapping[str, Any]) -> tuple[str, Callable[[], Estimate]]:
-        text = " ".join(f"--{name} {value}" for name, value in flags.items())
+        text = " ".join(flag(name, value) for name, value in flags.items() if present[name] != value)
         return text, lambda: estimate_run(with_flags(config, **flags), teacher, cache, shapes, ranks)
 
     # The teacher's weights, which the estimate counts, are in memory already.
@@ -184,4 +195,6 @@ def with_batch_size(
     else:
         fits = fits_by_estimate(estimated, device_memory(device) + sum(p.nbytes for p in teacher.parameters()))
     choice = largest_batch(fits)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the run's peak is not its trials'
     return with_flags(config, train_batch_size=choice.batch_size, activation_checkpointing=choice.checkpointing)

@@ -70,6 +70,7 @@ class State:
         make_optimizer_state(self.student_optimizer, found.groups["student_optimizer"])
         make_optimizer_state(self.fake_optimizer, found.groups["fake_optimizer"])
         load(found, self.groups())
+        self.guard.restore(self.guard.tensors())
         self.iteration, self.seconds = int(found.meta["step"]), float(found.meta["seconds"])
         self.peak_memory = int(found.meta["peak_memory_bytes"])
 

@@ -35,7 +35,7 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any, *, batch_size: int = 64) -> list[Tensor]:
-    """Encode prompts to a list of float32 `[L, D]`, without padding; what exceeds 512 tokens is cut off."""
+    """Encode prompts to a list of float32 `[L, D]` on the CPU, without padding; what exceeds 512 tokens is cut off."""
     rows: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
         tokens = tokenizer(
@@ -45,8 +45,9 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any, *, batc
             max_length=MAX_LENGTH,
             return_tensors="pt",
         )
-        states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         lengths = tokens.attention_mask.sum(1).tolist()
+        tokens = tokens.to(encoder.device)
+        states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.cpu()
         rows += [state[:length].float().clone() for state, length in zip(states, lengths, strict=True)]
     return rows
 

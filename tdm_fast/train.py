@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ FREE_FLAGS = {
     "num_eval_videos", "logging_steps", "max_skipped_steps", "report_to", "profile", "lora_save", "sharding",
     "shard_size", "context_parallel", "reshard_after_forward", "gradient_accumulation_steps",
 }  # fmt: skip
+# Flags that it may change when it names the checkpoint to go on from: what helps one that diverged.
+TUNED_FLAGS = ("learning_rate", "student_learning_rate", "max_grad_norm")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -84,8 +86,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     keep_memory()
     device = resolve_device(config.networks.device)
     check_report_to(config.run.report_to)
-    if config.run.profile:
-        parse_profile(config.run.profile)
+    if config.run.profile and parse_profile(config.run.profile)[0] > config.optimiser.max_train_steps:
+        raise ValueError(
+            f"--profile {config.run.profile}: the run has {config.optimiser.max_train_steps} iterations; it takes A:B"
+            " with A among them"
+        )
     n, o = config.networks, config.optimiser
     with joined(device, n.sharding, n.shard_size, n.context_parallel) as ranks:
         if o.train_batch_size != "auto":
@@ -128,7 +133,7 @@ def run(
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None)
     mine = store.on_main(lambda: identity(config, cache))
     if found is not None:
-        refuse_another_runs(found, mine)
+        refuse_another_runs(found, mine, () if config.run.resume_from_checkpoint == "latest" else TUNED_FLAGS)
     expected = store.on_main(lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, ranks))
     costs = store.on_main(lambda: measure_costs(config, teacher.denoiser, cache, shapes, ranks))
     if ranks.is_main:
@@ -195,27 +200,35 @@ class Watch:
         self.log, self.timer = Log(), StepTimer(state.device)
         dtype = torch.bfloat16 if uses_bf16(config, state.device) else torch.float32
         self.rate = measured_matmul_rate(state.device, dtype) if state.ranks.is_main else 1.0
-        self._batches: list[Batch] = []
+        self._batches: list[tuple[list[int], int]] = []
+        """Of each iteration the prompts of all ranks, and this one's operations; no tensors, which would stay."""
+        self._late = 0
 
     def add(self, batch: Batch, values: dict[str, Tensor]) -> None:
         """Keep an iteration's numbers; the device is not waited for."""
         known = {"num_steps": batch.tdm.num_steps} if batch.tdm.unify else {}
         self.log.add(self.state.iteration, values, lr=self.state.student_rate(self.state.iteration - 1), **known)
-        self._batches.append(batch._replace(latents=batch.latents[:0]))
+        flops = iteration_flops(self.costs[tuple(batch.latents.shape[1:])], batch)
+        self._batches.append((batch.all_prompts, flops))
 
     def flush(self) -> list[Row]:
         """The rows since the last call. Raises ValueError when too many updates in a row had to be skipped."""
         rows, times, batches = self.log.flush(), self.timer.flush(), self._batches
         self._batches = []
-        for row, seconds, batch in zip(rows, times, batches, strict=True):
-            size = len(batch.all_prompts)
-            flops = iteration_flops(self.costs[tuple(batch.latents.shape[1:])], batch)
+        for row, seconds, (prompts, flops) in zip(rows, times, batches, strict=True):
+            size = len(prompts)
             row |= {name: round(value, 5) for name, value in seconds.items()}
             row |= speed(seconds["seconds"], size, flops, self.rate)
             row["peak_memory_bytes"] = peak_bytes(self.state.device)
-            said = name_samples(row, range(size), batch.all_prompts)
+            said = name_samples(row, range(size), prompts)
             if said and self.state.ranks.is_main:
                 tqdm.write(said, file=sys.stderr)
+        compilations = self.state.compilations
+        if compilations is not None and compilations.after_warm_up > self._late:
+            self._late = compilations.after_warm_up
+            tqdm.write(
+                f"note: compiled after the warm-up, which should have met everything: {compilations}", sys.stderr
+            )
         return rows
 
 
@@ -354,10 +367,11 @@ def path_to_resume(config: TrainConfig) -> Path | None:
     return latest_checkpoint(output) if wanted == "latest" else inside if inside.is_dir() else Path(wanted)
 
 
-def refuse_another_runs(found: Checkpoint, mine: dict[str, Any]) -> None:
-    """Raise ValueError when a checkpoint is of a run of another `identity`."""
+def refuse_another_runs(found: Checkpoint, mine: dict[str, Any], free: Collection[str] = ()) -> None:
+    """Raise ValueError when a checkpoint is of a run of another `identity`, but for the flags in `free`."""
     saved = found.meta["config"]
-    changed = [f"{name} was {saved.get(name)}, is {mine.get(name)}" for name in mine if saved.get(name) != mine[name]]
+    names = [name for name in mine if name not in free and saved.get(name) != mine[name]]
+    changed = [f"{name} was {saved.get(name)}, is {mine[name]}" for name in names]
     if changed:
         raise ValueError(
             f"{found.path} belongs to a run with another configuration ({'; '.join(changed)}); use its flags to go on"

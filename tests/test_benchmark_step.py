@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import runpy
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from bench_step import LADDER, MEMORY, MODELS, PAIRS, Runner, chosen_iterations, ladder_of, make_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdm_fast.distill import draw, rolled_samples
 
@@ -33,6 +38,29 @@ def test_rungs_do_the_same_to_the_networks() -> None:
         # AdamW's first step is the rate times the gradient's sign: what is no gradient but rounding may go either way.
         moved = (parameter - theirs[name]).abs() > 1e-6
         assert moved.float().mean() < 0.2 or name.endswith("to_k.bias"), name
+
+
+class ProductTypes(TorchDispatchMode):
+    """The types that matrix products are of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen[args[-1].dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_both_sides_compute_in_the_same_type() -> None:
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        for rung in (LADDER[0], LADDER[1]):
+            lower = replace(rung, networks={"mixed_precision": precision})
+            runner = Runner(lower, MODELS["dry"], "cpu", ema=False)
+            with ProductTypes() as products:
+                runner.iterate(0)
+            assert set(products.seen) == {dtype}, rung.name
 
 
 def test_a_model_that_fills_a_device_has_a_ladder_of_its_own() -> None:

@@ -150,7 +150,7 @@ def test_skips_are_counted_by_role_and_in_a_row() -> None:
     step("student", "nan loss")
     step("student", "nan loss")
     assert guard.counts["student"].tolist() == [5, 3, 3, 2]
-    assert resumed.counts["student"].tolist() == [3, 1, 2, 0]
+    assert resumed.counts["student"].tolist() == [3, 1, 1, 0]  # the row of two is over
 
 
 def test_a_run_that_only_skips_is_stopped() -> None:
@@ -166,7 +166,9 @@ def test_a_run_that_only_skips_is_stopped() -> None:
     # What happened between two looks counts, even if an update has been applied since.
     guard.step("fake", optimizer, backward(parameters, 1))
     guard.raise_if_stuck(11)
-    with pytest.raises(ValueError, match=r"10 updates of the fake in a row \(15 in all\).*run/checkpoint-40$"):
+    with pytest.raises(
+        ValueError, match=r"10 updates of the fake in a row \(15 in all\).*run/checkpoint-40: --resume_from_checkpoint "
+    ):
         guard.raise_if_stuck(10, Path("run/checkpoint-40"))
     with pytest.raises(ValueError, match="last good checkpoint is none"):
         guard.raise_if_stuck(10)

@@ -101,7 +101,9 @@ def config(tiny_teacher: Path, tmp_path: Path) -> TrainConfig:
         model=ModelConfig(model=tiny_teacher),
         tdm=TDMConfig(num_steps=2, seed=4),
         optimiser=OptimiserConfig(max_train_steps=4, train_batch_size=2, learning_rate=1e-3, lr_warmup_steps=1),
-        run=RunConfig(output_dir=tmp_path / "run", checkpointing_steps=2, validation_steps=100, num_eval_videos=0),
+        run=RunConfig(
+            output_dir=tmp_path / "run", checkpointing_steps=2, validation_steps=100, num_eval_videos=0, logging_steps=1
+        ),
     )
 
 
@@ -450,6 +452,21 @@ def test_a_run_that_diverges_is_stopped(config: TrainConfig, monkeypatch: pytest
         train(moved(config, output, max_skipped_steps=3))
     assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
     assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 5]
+    # What the message advises: from a checkpoint that is named, with lower rates.
+    monkeypatch.undo()
+    config.optimiser.learning_rate = 1e-5
+    with pytest.raises(ValueError, match=r"another configuration \(learning_rate was"):
+        train(config)
+    train(moved(config, output, resume_from_checkpoint="checkpoint-4", max_skipped_steps=3))
+    assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_and_samples(config: TrainConfig) -> None:
+    config.networks.device = "cuda"
+    train(config)
+    log = rows(config.run.output_dir)
+    assert len(log) == 4 and all(math.isfinite(row["loss_fake"] + row["loss_student"]) for row in log)
 
 
 def test_prompts_of_ones_own_are_encoded_once(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,16 +100,6 @@ class Networks:
             raise ValueError(f"the weights are of another {role}: {len(odd)} names differ, {odd[0]} first")
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-
-    @contextmanager
-    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the student have other weights (its average) inside the `with` block; takes a copy of what it trains."""
-        own = {name: parameter.detach().clone() for name, parameter in self.trainable("student").items()}
-        self.load("student", weights)
-        try:
-            yield
-        finally:
-            self.load("student", own)
 
     def student_network(
         self,
