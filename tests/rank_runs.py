@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tdm_fast.ranks import joined
 
 PRELOAD = ["tdm_fast.train", "torch.distributed.fsdp", "torch.distributed.tensor", "peft"]
 
@@ -27,11 +30,13 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     """What `function(*arguments)` returns on each of `world` ranks; fails with the first error of any."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    # pytest's name for a test module is one that other processes cannot import; by its file's name they can.
+    name = Path(function.__code__.co_filename).stem, function.__name__
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{rank}.pt" for rank in range(world)]
         started = [
-            context.Process(target=_one, args=(environment(rank, world, port), function, arguments, str(path)))
+            context.Process(target=_one, args=(environment(rank, world, port), name, arguments, str(path)))
             for rank, path in enumerate(paths)
         ]
         for process in started:
@@ -52,12 +57,24 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
-def _one(variables: dict[str, str], function: Callable[..., Any], arguments: Sequence[Any], path: str) -> None:
+def _one(variables: dict[str, str], name: tuple[str, str], arguments: Sequence[Any], path: str) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)
     try:
-        torch.save(function(*arguments), path)
+        module, function = name
+        torch.save(getattr(importlib.import_module(module), function)(*arguments), path)
     except BaseException:
         Path(path).with_suffix(".err").write_text(f"rank {variables['RANK']}: {traceback.format_exc()}")
         sys.stderr.flush()
         os._exit(1)
+
+
+def what_ranks_know() -> Any:
+    """What four ranks, two to a copy of the weights and two to a sample, know of each other."""
+    with joined(torch.device("cpu"), "hybrid", 2, 2) as ranks:
+        mean = ranks.mean_(torch.tensor([float(ranks.data_rank)]))
+        flags = ranks.any(ranks.rank == 3), ranks.any(False)
+        ranks.barrier()
+        assert ranks.context_group is not None
+        peers = torch.distributed.get_process_group_ranks(ranks.context_group)
+        return ranks.rank, ranks.data_rank, ranks.data_ranks, ranks.is_main, peers, mean.item(), flags, ranks.copies

@@ -217,7 +217,8 @@ def test_the_modules_entry_is_the_same_command(
     flags = ["--model", str(tiny_teacher), "--output_dir", str(tmp_path), "--train_batch_size", "0"]
     ended = subprocess.run([sys.executable, *ENTRIES["module"], *flags], capture_output=True, text=True, check=False)
     assert (ended.returncode, cli.main(["train", *flags])) == (2, 2)
-    assert ended.stderr == capsys.readouterr().err
+    # A new process also has what the libraries say that it imports.
+    assert ended.stderr.splitlines()[-1:] == capsys.readouterr().err.splitlines()
 
 
 def test_every_public_name_is_there() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from rank_runs import free_port, run_ranks
+from rank_runs import free_port, run_ranks, what_ranks_know
 from safetensors.torch import load_file
 
-from tdm_fast.ranks import check_batch, joined, mesh_shape
+from tdm_fast.ranks import check_batch, mesh_shape
 
 FLAGS = (
     "--max_train_steps 4 --train_batch_size 4 --num_eval_videos 0 --checkpointing_steps 2 --validation_steps 3"
@@ -189,16 +189,6 @@ def test_a_batch_is_cut_into_equal_slices() -> None:
         check_batch(12, 2, 4)
     with pytest.raises(ValueError, match=r"--train_batch_size 3: .*; 8 would do"):
         check_batch(3, 2, 4)
-
-
-def what_ranks_know() -> Any:
-    with joined(torch.device("cpu"), "hybrid", 2, 2) as ranks:
-        mean = ranks.mean_(torch.tensor([float(ranks.data_rank)]))
-        flags = ranks.any(ranks.rank == 3), ranks.any(False)
-        ranks.barrier()
-        assert ranks.context_group is not None
-        peers = torch.distributed.get_process_group_ranks(ranks.context_group)
-        return ranks.rank, ranks.data_rank, ranks.data_ranks, ranks.is_main, peers, mean.item(), flags, ranks.copies
 
 
 def test_ranks_know_their_place() -> None:
