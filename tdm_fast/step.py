@@ -200,7 +200,7 @@ class Batch(NamedTuple):
     draws: Draws
     sample_offset: int = 0
     """The first sample's place among those of all ranks."""
-    all_prompts: list[int] = []  # noqa: RUF012
+    all_prompts: Sequence[int] = ()
     """The prompts of all ranks."""
 
     def parts(self, count: int) -> list[Batch]:

@@ -200,7 +200,7 @@ class Watch:
         self.log, self.timer = Log(), StepTimer(state.device)
         dtype = torch.bfloat16 if uses_bf16(config, state.device) else torch.float32
         self.rate = measured_matmul_rate(state.device, dtype) if state.ranks.is_main else 1.0
-        self._batches: list[tuple[list[int], int]] = []
+        self._batches: list[tuple[Sequence[int], int]] = []
         """Of each iteration the prompts of all ranks, and this one's operations; no tensors, which would stay."""
         self._late = 0
 

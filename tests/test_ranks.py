@@ -138,7 +138,6 @@ def children(process: subprocess.Popen[str], output: Path) -> dict[int, int]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the ranks in /proc")
 def test_a_rank_that_dies_takes_the_others_down(tiny_teacher: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(torchrun(2), tiny_teacher, output, "--max_train_steps", "100000")
