@@ -602,7 +602,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as flat tensors, `<parameter index>.<name>`; rates follow from the step and stay out.
 
-    A state that is a tensor of tensors (torchao's of 8 bits) becomes its parts, `<parameter index>.<name>.<part>`.
+    A state that is a tensor of tensors (torchao's of 8 bits) becomes its parts, `<parameter index>.<name>.<part>`, with
+    as many rows as it has: a row is whole blocks of numbers that share a scale.
     """
     state = optimizer.state_dict()["state"]
     return {
@@ -662,8 +663,13 @@ def _parts(value: Tensor) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for part in local.__tensor_flatten__()[0]:
         inner = getattr(local, part)
-        if isinstance(value, DTensor) and part not in TABLES:
-            inner = DTensor.from_local(inner, value.device_mesh, value.placements, run_check=False)
+        if part not in TABLES:
+            inner = inner.view(len(local), -1)
+            if isinstance(value, DTensor):
+                shape = torch.Size((len(value), inner.shape[1]))
+                inner = DTensor.from_local(
+                    inner, value.device_mesh, value.placements, run_check=False, shape=shape, stride=(shape[1], 1)
+                )
         parts[f".{part}"] = inner
     return parts
 

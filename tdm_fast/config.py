@@ -76,8 +76,8 @@ class OptimiserConfig:
     max_train_steps: int = 500
     """Iterations; each makes `fake_updates` fake-score updates and one student update."""
     train_batch_size: int | Literal["auto"] = 32
-    """Samples of one iteration, over all ranks together; `auto`, on one rank, finds the largest number up to 64 that
-    fits the device's memory, and with it the least activation checkpointing."""
+    """Samples of one iteration, over all ranks together; `auto` finds the largest number up to 64 that fits the memory
+    of every rank's device, for each of its `gradient_accumulation_steps`, and the least activation checkpointing."""
     gradient_accumulation_steps: int = 1
     """Parts of a rank's samples whose gradients are added up one after another; activations take the memory of one."""
     learning_rate: float = 2e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,13 @@ PATIENCE = timedelta(hours=1)
 """How long ranks wait for each other: rank 0 samples and decodes while they do. A death is noticed at once."""
 SECOND = 3.0
 """Seconds that a rank waits before it says that another one has died: the launcher shows what is said first."""
+MPI = {
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
+}
+"""What torchrun tells a process, and the names that it has with Open MPI, Intel MPI and MVAPICH."""
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "nccl", "connectfullmesh", "pair.cc")
 
 
@@ -37,6 +45,8 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     """("replicate", "shard", "context"); None for one process, which makes no process group."""
+    local_world: int = 1
+    """How many processes of the run are on this one's machine."""
     weights: DeviceMesh | None = None
     """What weights lie on: ("weights",), the ranks that share one copy, or ("replicate", "weights")."""
 
@@ -141,11 +151,10 @@ def joined(
     Raises ValueError for ranks that the flags do not fit, and RankLost, in place of what torch says, where another rank
     has died.
     """
-    world, rank, local, local_world = (
-        int(os.environ.get(name, default))
-        for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "0"))
-    )
-    shape = mesh_shape(world, local_world or world, sharding, shard_size, context_parallel)
+    _heed_mpi()
+    world, rank, local = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    shape = mesh_shape(world, local_world, sharding, shard_size, context_parallel)
     if device.type == "cuda" and device.index is None and world > 1:
         device = torch.device("cuda", local)
     if world == 1:
@@ -162,7 +171,7 @@ def joined(
         backend = "nccl" if bound else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE, **bound)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "context"))
-        yield Ranks(rank, world, device, mesh, _weights_mesh(device.type, shape, sharding))
+        yield Ranks(rank, world, device, mesh, local_world, _weights_mesh(device.type, shape, sharding))
     except RuntimeError as error:
         if isinstance(error, RankLost) or not _is_loss(error):
             if isinstance(error, RankLost):
@@ -174,6 +183,24 @@ def joined(
         ) from error
     # After an error nothing is destroyed: that would wait for collectives that never end, and the process ends anyway.
     dist.destroy_process_group()
+
+
+def _heed_mpi() -> None:
+    """Say as torchrun does what MPI, by which `accelerate launch --cpu` starts processes, says of this one.
+
+    Who starts several processes names where the main one is; without that a process of MPI is alone.
+    """
+    if "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    said = {ours: next(filter(None, map(os.environ.get, theirs)), None) for ours, theirs in MPI.items()}
+    if all(said.values()):
+        os.environ.update({name: str(value) for name, value in said.items()})
+    elif os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        print(
+            "note: `accelerate launch --cpu` has started one process; with --mpirun_hostfile it starts several, by MPI,"
+            " with --multi_gpu in place of --cpu without MPI, as torchrun does",
+            file=sys.stderr,
+        )
 
 
 def _weights_mesh(device_type: str, shape: Sequence[int], sharding: Sharding) -> DeviceMesh:

@@ -13,6 +13,10 @@ rollout's weights, and its backward gathers P. Weights that are kept from a forw
 (`reshard_after_forward` off), or over the parts of an accumulated gradient, are gathered once, P, for both. Every
 update adds one sum of two numbers, its norm and its loss. Where every rank has all weights (`--sharding none`) nothing
 is gathered, and all gradients are all-reduced. With copies (`hybrid`) a reduced shard is all-reduced across them.
+
+Under bf16 weights are gathered in it, and so what is computed has it from the patch embedding on, the residual stream
+as well: fp32 is for what adds up over iterations and ranks, master weights, moments and reductions. One process
+computes alike: autocast casts the weights of linears, and the network itself the fp32 tables of its modulation.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tdm_fast.guards import local
+from tdm_fast.models.loading import Weights
 from tdm_fast.models.roles import Networks
 from tdm_fast.parallel import blocks_of
 from tdm_fast.ranks import Ranks
@@ -107,7 +111,9 @@ def after_forwards(model: nn.Module) -> None:
     if isinstance(model, FSDPModule):
         for module in _sharded_modules(model):
             module.reshard()
-        if hasattr(model, "reset_iter_state"):  # torch 2.13 or later; before, the notes of a frozen network add up
+        # Torch notes forwards until a backward is done, which a frozen network never has. A torch without this method
+        # keeps the notes, two numbers for each block and call.
+        if hasattr(model, "reset_iter_state"):
             model.reset_iter_state()
 
 
@@ -127,15 +133,15 @@ def mean_gradients_(parameters: Sequence[Tensor], ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def fill_(models: Sequence[nn.Module], folder: Path, device: torch.device) -> None:
-    """Give sharded networks on the meta device, all of one architecture, their weights from a folder's safetensors.
+def fill_(models: Sequence[nn.Module], weights: Weights, device: torch.device) -> None:
+    """Give sharded networks on the meta device, all of one architecture, their weights from safetensors.
 
     Every rank reads its own rows alone, once for all networks, so that no tensor is ever whole. Raises ValueError for
     files that are not of this architecture.
     """
     homes = [_homes(model) for model in models]
     wanted, seen = {name for home in homes for name in home}, set()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(weights.folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in list(tensors.keys()):
                 seen.add(name)
@@ -155,13 +161,14 @@ def fill_(models: Sequence[nn.Module], folder: Path, device: torch.device) -> No
                             old.shape, old.device_mesh, old.placements
                         )
                         rows = piece[offset[0] : offset[0] + shape[0]] if shape[0] else torch.empty(shape)
+                        rows = weights.rows(name, rows, offset[0])
                     mine = rows.to(device, old.dtype, copy=True).contiguous()
                     sharded = DTensor.from_local(
                         mine, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
                     )
                     setattr(module, leaf, nn.Parameter(sharded, requires_grad=old.requires_grad))
     if odd := sorted(wanted ^ seen):
-        raise ValueError(f"{folder}: {len(odd)} weights are missing or too many, {odd[0]} first")
+        raise ValueError(f"{weights.folder}: {len(odd)} weights are missing or too many, {odd[0]} first")
 
 
 def _homes(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -27,7 +27,7 @@ from tdm_fast.metering import Cost, count_operations
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.roles import make_networks, tell
 from tdm_fast.philox import randn
-from tdm_fast.ranks import Ranks
+from tdm_fast.ranks import Ranks, check_batch
 from tdm_fast.step import Batch, make_batch, make_state, update
 from tdm_fast.text import PromptCache
 
@@ -157,32 +157,50 @@ def refuse_what_cannot_fit(
         text = " ".join(flag(name, value) for name, value in flags.items() if present[name] != value)
         return text, lambda: estimate_run(with_flags(config, **flags), teacher, cache, shapes, ranks)
 
-    # The teacher's weights, which the estimate counts, are in memory already.
-    there = sum(p.nbytes for p in teacher.parameters() if not p.is_meta)
-    available = device_memory(ranks.device) + there
-    refuse_if_too_large(expected, available, [alternative(flags) for flags in wishes])
+    refuse_if_too_large(expected, available_memory(teacher, ranks), [alternative(flags) for flags in wishes])
     return expected
 
 
+def available_memory(teacher: Denoiser, ranks: Ranks) -> int:
+    """Bytes that a rank can have on its device, with the teacher's weights, which an estimate counts, there already.
+
+    The ranks of one machine share its memory where they compute on CPUs.
+    """
+    there = sum(p.nbytes for p in teacher.parameters() if not p.is_meta)
+    left = device_memory(ranks.device)
+    return there + (left // ranks.local_world if ranks.device.type == "cpu" else left)
+
+
 def with_batch_size(
-    config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes, saved: Mapping[str, Any] | None
+    config: TrainConfig,
+    teacher: Denoiser,
+    cache: PromptCache,
+    shapes: Shapes,
+    saved: Mapping[str, Any] | None,
+    ranks: Ranks | None = None,
 ) -> TrainConfig:
     """`config` with `--train_batch_size auto` replaced by a number, and the checkpointing that goes with it.
 
-    A run that goes on from a checkpoint keeps what was found when it began (`saved` is the checkpoint's configuration).
+    Ranks, which all must call it, ask alike, each for what a part of its samples may be, and take what fits them all.
+    Only a single process tries on its GPU: of several, one that ran out of memory would leave the others waiting in a
+    collective, so those estimate, as on CPUs. A run that goes on from a checkpoint keeps what was found when it began
+    (`saved` is the checkpoint's configuration). Raises ValueError where it does not divide by other ranks.
     """
     if config.optimiser.train_batch_size != "auto":
         return config
     names = ("train_batch_size", "activation_checkpointing")
+    ranks = ranks or Ranks(device=next(teacher.parameters()).device)
+    device, parts = ranks.device, config.optimiser.gradient_accumulation_steps
     if saved is not None:
+        check_batch(saved["train_batch_size"], parts, ranks.data_ranks)
         return with_flags(config, **{name: saved[name] for name in names})
-    device = next(teacher.parameters()).device
 
     def candidate(size: int, checkpointing: str) -> TrainConfig:
-        return with_flags(config, train_batch_size=size, activation_checkpointing=checkpointing)
+        samples = size * parts * ranks.data_ranks
+        return with_flags(config, train_batch_size=samples, activation_checkpointing=checkpointing)
 
     def estimated(size: int, checkpointing: str) -> Estimate:
-        return estimate_run(candidate(size, checkpointing), teacher, cache, shapes)
+        return estimate_run(candidate(size, checkpointing), teacher, cache, shapes, ranks)
 
     def trial(size: int, checkpointing: str) -> None:
         tried = with_flags(candidate(size, checkpointing), compile="off")
@@ -190,11 +208,11 @@ def with_batch_size(
         for iteration in range(2):
             update(state, largest_example(cache, tried, shapes, device, iteration), tried, nullcontext)
 
-    if device.type == "cuda":
+    if device.type == "cuda" and ranks.world == 1:
         fits = fits_by_trial(trial, device)
     else:
-        fits = fits_by_estimate(estimated, device_memory(device) + sum(p.nbytes for p in teacher.parameters()))
-    choice = largest_batch(fits)
+        fits = fits_by_estimate(estimated, available_memory(teacher, ranks))
+    choice = largest_batch(lambda size, checkpointing: not ranks.any(not fits(size, checkpointing)))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the run's peak is not its trials'
-    return with_flags(config, train_batch_size=choice.batch_size, activation_checkpointing=choice.checkpointing)
+    return candidate(choice.batch_size, choice.checkpointing)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from tdm_fast.data import draw_prompts, draw_size
 from tdm_fast.distill import Draws, Intervals, TDMConfig, draw, fake_loss, rollout, student_forward, student_loss
 from tdm_fast.guards import Guard, Update, average_
 from tdm_fast.models.denoiser import Conditioning, Denoiser
+from tdm_fast.models.loading import Weights
 from tdm_fast.models.roles import Networks, make_networks, tell
 from tdm_fast.parallel import Compilations, apply_checkpointing, compile_blocks, compile_bound, warm_up
 from tdm_fast.philox import randn
@@ -76,9 +77,10 @@ class State:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `--device` names. Raises ValueError when it is not there."""
+    """The device that `--device` names; `auto` heeds `accelerate launch --cpu`. Raises ValueError when not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        return torch.device("cuda" if torch.cuda.is_available() and not wants_cpu else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -97,12 +99,12 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 
 def make_state(
-    teacher: Denoiser, config: TrainConfig, ranks: Ranks | None = None, weights: Path | None = None
+    teacher: Denoiser, config: TrainConfig, ranks: Ranks | None = None, weights: Weights | None = None
 ) -> State:
     """Networks, optimisers and average at iteration 0, on the device that `teacher` is on, or sharded over `ranks`.
 
     Student and fake score start as the teacher, which is taken over: frozen, and under bf16 kept in it. A teacher on
-    the meta device gets its weights, and so do the other two, from the safetensors of the folder `weights`.
+    the meta device gets its weights, and so do the other two, from where `weights` says.
     """
     ranks = ranks or Ranks(device=next(teacher.parameters()).device)
     device = ranks.device
@@ -162,7 +164,7 @@ def make_optimizer(parameters: Sequence[Tensor], rate: float, config: OptimiserC
     if not config.use_8bit_adam:
         return torch.optim.AdamW(groups, fused=True, **options)
     try:
-        from torchao.optim import AdamW8bit
+        from tdm_fast.adamw_8bit import AdamW8bit
     except ImportError as error:
         raise ValueError("--use_8bit_adam needs torchao: pip install 'tdm-fast[8bit]'") from error
     return AdamW8bit(groups, **options)

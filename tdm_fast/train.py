@@ -95,10 +95,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with joined(device, n.sharding, n.shard_size, n.context_parallel) as ranks:
         if o.train_batch_size != "auto":
             check_batch(o.train_batch_size, o.gradient_accumulation_steps, ranks.data_ranks)
-        elif ranks.world > 1 or o.gradient_accumulation_steps > 1:
-            raise ValueError("--train_batch_size auto: it looks at one rank without accumulation; name a number")
         empty = {"transformer"} if ranks.world > 1 and n.sharding != "none" else set()
         teacher = load_pipeline(config.model.model, empty=empty if ranks.is_main else empty | {"vae", "text_encoder"})
+        if config.run.lora_save == "adapter" and (teacher.weights.products or teacher.weights.replaced):
+            raise ValueError(
+                f"--lora_save adapter: {config.model.model} has an adapter or biases of its own beside its transformer,"
+                " which another adapter would take the place of; merged would do"
+            )
         config.tdm.check(teacher.schedule)
         latent_shapes(config, teacher)
         # Now, because what is damaged must not show only when the training is over.
@@ -130,7 +133,7 @@ def run(
     cache = prompt_cache(config, teacher, prompts)
     shapes = latent_shapes(config, teacher)
     found = checkpoint_to_resume(config, store)
-    config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None)
+    config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None, ranks)
     mine = store.on_main(lambda: identity(config, cache))
     if found is not None:
         refuse_another_runs(found, mine, () if config.run.resume_from_checkpoint == "latest" else TUNED_FLAGS)
@@ -139,7 +142,7 @@ def run(
     if ranks.is_main:
         print(f"memory: {expected}", file=sys.stderr)
     empty = any(parameter.is_meta for parameter in teacher.denoiser.parameters())
-    state = make_state(teacher.denoiser, config, ranks, config.model.model / "transformer" if empty else None)
+    state = make_state(teacher.denoiser, config, ranks, teacher.weights if empty else None)
     if found is not None:
         resume(state, found, store)
     compile_now(state, cache, config, shapes)

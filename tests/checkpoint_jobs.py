@@ -199,7 +199,7 @@ def save_replicas(ranks: Few, folder: Path) -> None:
 
 
 class Eighth(Tensor):
-    """A state of 8 bits as torchao has them: codes, a scale per 4 elements, a table."""
+    """A state of 8 bits as torchao has them: codes, a scale per 4 elements, of which a row has 8, a table."""
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor, qmap: Tensor) -> Eighth:
@@ -219,11 +219,13 @@ class Eighth(Tensor):
 
     @property
     def value(self) -> Tensor:
-        return (self.qmap[self.codes.long()].view(-1, 4) * self.scale[:, None]).flatten()
+        return (self.qmap[self.codes.long()].view(-1, 4) * self.scale[:, None]).view_as(self.codes)
 
     def set(self, value: Tensor) -> None:
         self.scale.copy_(value.view(-1, 4).abs().amax(1) + 1e-6)
-        self.codes.copy_((value.view(-1, 4) / self.scale[:, None] * 127 + 128).round().clamp(0, 255).flatten())
+        self.codes.copy_(
+            (value.view(-1, 4) / self.scale[:, None] * 127 + 128).round().clamp(0, 255).view_as(self.codes)
+        )
 
 
 class Eighths(torch.optim.Optimizer):
@@ -243,12 +245,14 @@ class Eighths(torch.optim.Optimizer):
                 if not state:
                     table = (torch.arange(256) - 128) / 127
                     inner = Eighth(
-                        torch.full((local.numel(),), 128, dtype=torch.uint8), torch.ones(local.numel() // 4), table
+                        torch.full_like(local, 128, dtype=torch.uint8), torch.ones(local.numel() // 4), table
                     )
                     state["step"], state["moment"] = torch.tensor(0.0), inner
                     if isinstance(parameter, DTensor):
                         mesh, placements = parameter.device_mesh, parameter.placements
-                        state["moment"] = DTensor.from_local(inner, mesh, placements, run_check=False)
+                        state["moment"] = DTensor.from_local(
+                            inner, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+                        )
                 moment = state["moment"]
                 moment = moment.to_local() if isinstance(moment, DTensor) else moment
                 moment.set(0.5 * moment.value + grad)
@@ -261,12 +265,12 @@ def save_eighths(ranks: Few, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (ranks.world,))
 
     def make(*, sharded: bool) -> tuple[nn.Parameter, Eighths]:
-        start = torch.linspace(-1, 1, 16)
+        start = torch.linspace(-1, 1, 40).view(5, 8)
         parameter = nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]) if sharded else start)
         return parameter, Eighths([parameter], lr=torch.tensor(0.5))
 
     def step(parameter: nn.Parameter, optimizer: Eighths, number: int) -> None:
-        grad = torch.arange(16.0) * number - 3
+        grad = torch.arange(40.0).view(5, 8) * number - 3
         parameter.grad = distribute_tensor(grad, mesh, [Shard(0)]) if isinstance(parameter, DTensor) else grad
         optimizer.step()
 
@@ -278,7 +282,8 @@ def save_eighths(ranks: Few, folder: Path) -> None:
         step(*ours, 3)
         store.wait()
         found = store.read(folder / "checkpoint-2")
-        assert found.groups["o"]["0.moment.codes"].shape == (16,) and found.groups["o"]["0.moment.scale"].shape == (4,)
+        shapes = [tuple(found.groups["o"][f"0.moment.{part}"].shape) for part in ("codes", "scale")]
+        assert shapes == [(5, 8), (5, 2)]
         for sharded in (True, False):
             theirs = make(sharded=sharded)
             make_optimizer_state(theirs[1], found.groups["o"])

@@ -17,7 +17,8 @@ import torch
 from rank_runs import free_port, run_ranks, what_ranks_know
 from safetensors.torch import load_file
 
-from tdm_fast.ranks import check_batch, mesh_shape
+from tdm_fast.ranks import check_batch, joined, mesh_shape
+from tdm_fast.step import resolve_device
 
 FLAGS = (
     "--max_train_steps 4 --train_batch_size 4 --num_eval_videos 0 --checkpointing_steps 2 --validation_steps 3"
@@ -95,13 +96,57 @@ def test_two_agents_are_two_nodes(alone: Path, tiny_teacher: Path, tmp_path: Pat
 
 
 def test_accelerate_launches_it_too(alone: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    """As for GPUs, which starts processes as torchrun does, GPUs or not; for CPUs it asks for MPI."""
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    process = start(launcher, tiny_teacher, tmp_path / "run", "--sharding", "none", "--roles", "full")
+    """As for GPUs, which starts processes as torchrun does, GPUs or not; here two machines of one process each."""
+    where = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    machines = [accelerate("--multi_gpu", "--num_machines", "2", "--machine_rank", str(n), *where) for n in range(2)]
+    processes = [start(launcher, tiny_teacher, tmp_path / "run", "--sharding", "none") for launcher in machines]
+    said = [ended(process) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert_same(tmp_path / "run", alone)
+
+
+def accelerate(*flags: str) -> list[str]:
+    plain = ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return ["accelerate.commands.launch", *plain, *flags]
+
+
+MPIRUN = """#!/bin/sh
+# What Open MPI does for `mpirun --hostfile FILE --npernode 2 -n 2 --bind-to socket COMMAND...`.
+[ "$1" = --version ] && echo "mpirun (Open MPI) 5.0" && exit
+shift 8
+for rank in 0 1; do
+    OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_SIZE=2 OMPI_COMM_WORLD_RANK=$rank OMPI_COMM_WORLD_LOCAL_RANK=$rank \\
+        "$@" & pids="$pids $!"
+done
+for pid in $pids; do wait $pid || exit 1; done
+"""
+
+
+def test_accelerate_starts_processes_on_cpus_by_mpi(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mpirun").write_text(MPIRUN)
+    (tmp_path / "mpirun").chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    mpi = ["--mpirun_hostfile", str(tmp_path / "hosts"), "--main_process_port", str(free_port())]
+    launcher = accelerate("--cpu", "--num_machines", "1", *mpi)
+    process = start(launcher, tiny_teacher, tmp_path / "run", "--max_train_steps", "1")
     said = ended(process)
     assert process.returncode == 0, said
-    assert_same(tmp_path / "run", alone)
+    assert len(losses(tmp_path / "run")) == 2
+    assert len(list((tmp_path / "run" / "checkpoint-1").glob("__*.distcp"))) == 2, "each rank writes its shard"
+
+
+def test_one_process_in_place_of_several_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """What `accelerate launch --cpu --num_processes 2` starts where no hosts are named; it takes the CPU, too."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device = resolve_device("auto")
+    with joined(device) as ranks:
+        assert (ranks.world, ranks.device) == (1, torch.device("cpu"))
+    assert "`accelerate launch --cpu` has started one process" in capsys.readouterr().err
 
 
 def test_another_number_of_ranks_goes_on(alone: Path, tiny_teacher: Path, tmp_path: Path, start_command: Any) -> None:

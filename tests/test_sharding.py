@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+import re
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,19 +14,25 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rank_runs import run_ranks
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tdm_fast import sizing, step
 from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig
 from tdm_fast.distill import TDMConfig
-from tdm_fast.memory import TensorMemory
-from tdm_fast.models.loading import load_pipeline
+from tdm_fast.memory import Estimate, TensorMemory
+from tdm_fast.models.loading import Weights, load_pipeline
+from tdm_fast.models.roles import make_networks
+from tdm_fast.parallel import Compilations
 from tdm_fast.ranks import Ranks, joined
-from tdm_fast.sharding import collect
+from tdm_fast.sharding import collect, fill_
 from tdm_fast.sizing import with_flags
 from tdm_fast.step import Batch, State, make_batch, make_state, update
 from tdm_fast.traffic import Traffic
-from tdm_fast.train import prompt_cache, prompts_of
+from tdm_fast.train import prompt_cache, prompts_of, train
 
 CPU = torch.device("cpu")
 
@@ -48,7 +58,7 @@ def iterate(config: TrainConfig, ranks: Ranks, iterations: int, before: Seen | N
     cache = prompt_cache(config, whole, prompts_of(config))
     sharded = ranks.world > 1 and config.networks.sharding != "none"
     teacher = load_pipeline(config.model.model, empty=("transformer",)) if sharded else whole
-    state = make_state(teacher.denoiser, config, ranks, config.model.model / "transformer" if sharded else None)
+    state = make_state(teacher.denoiser, config, ranks, teacher.weights if sharded else None)
     rows = []
     for iteration in range(iterations):
         batch = make_batch(iteration, cache, config, [whole.latent_shape], ranks=ranks)
@@ -138,6 +148,71 @@ def test_ranks_that_share_a_sample(world: int, flags: dict[str, Any], config: Tr
     for rows, _ in run_ranks(world, rows_of, with_flags(config, context_parallel=2), 3):
         assert_same(rows, alone)
         assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in alone], rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [{}, {"roles": "lora", "lora_rank": 2}], ids=["full", "lora"])
+def test_bf16_rounds_no_more_than_on_one_rank(flags: dict[str, Any], config: TrainConfig) -> None:
+    """Against fp32; before any update changes the weights, one rank and two differ by much less than both from that."""
+    config = with_flags(config, mixed_precision="no", **flags)
+    exact, alone = (iterate(with_flags(config, mixed_precision=kind), Ranks(), 3)[1] for kind in ("no", "bf16"))
+    found = run_ranks(2, rows_of, with_flags(config, mixed_precision="bf16"), 3)[0][0]
+
+    def errors(rows: list[Any]) -> torch.Tensor:
+        names = ("loss_fake", "loss_student")
+        return torch.tensor(
+            [[row[name] / wanted[name] - 1 for name in names] for row, wanted in zip(rows, exact, strict=True)]
+        )
+
+    assert errors(found).abs().max() <= 2 * errors(alone).abs().max() < 0.2
+    assert (errors(found) - errors(alone))[0].abs().max() <= errors(alone)[0].abs().max() / 4
+
+
+def compiled(config: TrainConfig, iterations: int, backend: str) -> Any:
+    """Iterations of sharded, compiled networks: what each said, and the graphs made before and after the warm-up."""
+    step.Compilations = functools.partial(Compilations, backend=backend)  # type: ignore[misc, assignment]
+
+    def warm_up(iteration: int, state: State, batch: Batch) -> None:
+        if iteration == 0:
+            cache = prompt_cache(config, load_pipeline(config.model.model), prompts_of(config))
+            step.compile_now(state, cache, config, [tuple(batch.latents.shape[1:])])
+
+    with joined(CPU) as ranks:
+        state, rows = iterate(config, ranks, iterations, warm_up)
+        assert state.compilations is not None
+        return rows, state.compilations.at_warm_up, state.compilations.after_warm_up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "flags", [{}, {"roles": "lora", "lora_rank": 2, "activation_checkpointing": "block"}], ids=["full", "lora, block"]
+)
+def test_compiled_blocks_in_shards(flags: dict[str, Any], backend: str, config: TrainConfig) -> None:
+    config = with_flags(config, **flags)
+    _, alone = iterate(config, Ranks(), 3)
+    for rows, before, after in run_ranks(2, compiled, with_flags(config, compile="on"), 3, backend, timeout=900):
+        assert before > 0 and after == 0
+        assert_same(rows, alone)
+
+
+def automatic(config: TrainConfig, fitting: tuple[int, int]) -> None:
+    """A run on ranks whose devices fit so many samples each."""
+
+    def fits_by_estimate(estimate_of: Callable[[int, str], Estimate], available: int) -> Callable[[int, str], bool]:
+        assert 0 < estimate_of(1, "none").peak < estimate_of(2, "none").peak < available
+        return lambda size, _: size <= fitting[torch.distributed.get_rank()]
+
+    sizing.fits_by_estimate = fits_by_estimate  # type: ignore[assignment]
+    train(config)
+
+
+def test_ranks_agree_on_the_batch_and_keep_it(config: TrainConfig) -> None:
+    """Two parts of two samples on each of two ranks, once and for all."""
+    flags = {"train_batch_size": "auto", "gradient_accumulation_steps": 2, "max_train_steps": 1}
+    for fitting in ((3, 2), (5, 7)):
+        run_ranks(2, automatic, with_flags(config, **flags), fitting)
+        found = yaml.safe_load((config.run.output_dir / "config.yaml").read_text())
+        assert (found["train_batch_size"], found["activation_checkpointing"]) == (8, "none")
 
 
 # ---- bytes
@@ -281,7 +356,7 @@ def loaded(config: TrainConfig) -> Any:
         teacher = load_pipeline(config.model.model, empty=("transformer",))
         largest = Largest()
         with TensorMemory("cpu") as memory, largest:
-            state = make_state(teacher.denoiser, config, ranks, config.model.model / "transformer")
+            state = make_state(teacher.denoiser, config, ranks, teacher.weights)
         total = sum(p.nbytes for p in state.networks.roles.student.model.parameters())
         names = {n: p.full_tensor() for n, p in state.networks.roles.fake.model.named_parameters()}
         local = sum(p.to_local().nbytes for m in state.networks.models() for p in m.parameters())
@@ -312,3 +387,57 @@ def test_no_rank_ever_holds_a_whole_copy(config: TrainConfig) -> None:
         assert peak <= 4 * total / 2 + 4 * largest_shard + 1000
         assert largest <= largest_shard
         assert all(torch.equal(names[name], p) for name, p in original.items())
+
+
+def private_memory(folder: Path) -> Any:
+    """Filling a network of one large weight: the most private memory that it takes, the rank's share, its rows."""
+    seen: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(anonymous())
+
+    with joined(CPU) as ranks:
+        network = torch.nn.Linear(4096, 4096, bias=False, device="meta")
+        fully_shard(network, mesh=ranks.weights)
+        seen.append(anonymous())
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        fill_([network], Weights(folder), CPU)
+        done.set()
+        watcher.join()
+        rows = network.weight.to_local()
+        return max(seen) - seen[0], rows.nbytes, rows.detach().clone()
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that are no file's."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found[1])
+
+
+def test_a_mapped_file_is_not_read_into_private_memory(tmp_path: Path) -> None:
+    """Neither counter of the test above sees what safetensors does; the kernel sees it all, with some of other uses."""
+    weight = torch.rand(4096, 4096)
+    save_file({"weight": weight}, tmp_path / "weights.safetensors")
+    for (peak, share, rows), wanted in zip(run_ranks(2, private_memory, tmp_path), weight.chunk(2), strict=True):
+        assert share <= peak < 1.3 * share
+        assert torch.equal(rows, wanted)
+
+
+def test_a_students_folder_of_several_files_is_a_teacher(config: TrainConfig, tmp_path: Path) -> None:
+    """What is beside its transformer, an adapter and biases of each number of steps, is added shard by shard."""
+    teacher = load_pipeline(config.model.model).denoiser
+    networks = make_networks(teacher, kind="lora", lora_rank=2, unify=(2, 4))
+    for parameter in networks.trainable("student").values():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    nodes = {k: dataclasses.replace(config.tdm, num_steps=k).check() for k in (2, 4)}
+    networks.save(tmp_path / "student", config.model.model, nodes, lora_save="adapter")
+    theirs = with_flags(config, model=tmp_path / "student")
+    _, alone = iterate(theirs, Ranks(), 2)
+    assert alone[0]["loss_student"] != pytest.approx(iterate(config, Ranks(), 1)[1][0]["loss_student"], rel=1e-2)
+    assert_same(run_ranks(2, rows_of, theirs, 2)[0][0], alone)
+    with pytest.raises(ValueError, match=r"--lora_save adapter: .* an adapter or biases of its own .* merged would do"):
+        train(with_flags(theirs, roles="lora", lora_save="adapter"))

@@ -208,6 +208,7 @@ def test_what_cannot_work_is_said_once(
 
     for name in ("wandb", "torchao", "torchao.optim"):
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "tdm_fast.adamw_8bit", raising=False)
     with pytest.raises(ValueError, match=says):
         train(with_flags(config, **flags))
     assert not latest_checkpoint(config.run.output_dir)

@@ -36,6 +36,27 @@ NETWORKS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Where a transformer's weights are: in files, changed by what a student's folder has beside them."""
+
+    folder: Path
+    products: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of an adapter B `[out, r]` and A `[r, in]`, by the weight `[out, in]` that their product is added to."""
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameters that take the place of the files'."""
+
+    def rows(self, name: str, rows: Tensor, start: int) -> Tensor:
+        """What the files' `rows` of a parameter, from number `start` on, are once they are changed."""
+        mine = slice(start, start + len(rows))
+        if name in self.replaced:
+            return self.replaced[name][mine]
+        if name not in self.products:
+            return rows
+        up, down = self.products[name]
+        return rows + up[mine] @ down
+
+
 @dataclass
 class Pipeline:
     """One model ready to sample: the denoiser with its schedule, the VAE, the text encoder and its own timesteps."""
@@ -45,6 +66,8 @@ class Pipeline:
     vae: WFVAEWrapper
     tokenizer: Any
     text_encoder: nn.Module
+    weights: Weights
+    """The denoiser's, for one that is loaded without them."""
     timesteps: tuple[int, ...] | None
     """The nodes of a few-step student's trajectory, descending; None for a teacher."""
     trajectories: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -111,12 +134,13 @@ class Pipeline:
         self.timesteps = self.trajectories[num_steps]
 
 
+@torch.no_grad()
 def load_pipeline(folder: Path, *, empty: Collection[str] = ()) -> Pipeline:
     """Load a teacher's or a student's folder onto the CPU, everything frozen and in evaluation mode.
 
     A student whose folder keeps its adapter apart gets it merged. The networks named in `empty` are made on the meta
     device, without weights. Raises ValueError when the folder is missing, half-written or holds a model of another
-    class, and for a transformer to be left empty that is a student of several files.
+    class.
     """
     check_folder(folder)
     parts = {
@@ -130,13 +154,11 @@ def load_pipeline(folder: Path, *, empty: Collection[str] = ()) -> Pipeline:
     scheduler = scheduler_class.from_pretrained(folder / "scheduler")
     schedule = Schedule.from_scheduler(scheduler)
     own = _few_step(folder, schedule.num_train_timesteps)
-    if "transformer" in empty and (own.adapter or own.trajectories):
-        raise ValueError(
-            f"{folder}: a student with an adapter or biases beside it is not loaded in shards; --sharding none would do"
-        )
-    if own.adapter is not None:
-        _merge_adapter(parts["transformer"], folder / own.adapter)
     transformer = parts["transformer"].requires_grad_(False).eval()
+    products = {} if own.adapter is None else _adapter(transformer, folder / own.adapter)
+    if "transformer" not in empty:
+        for name, (up, down) in products.items():
+            transformer.get_parameter(name).add_(up @ down)
     check_sizes(folder, transformer.config, parts["vae"].config)
     width = parts["text_encoder"].config.d_model
     if width != transformer.config.caption_channels:
@@ -145,15 +167,21 @@ def load_pipeline(folder: Path, *, empty: Collection[str] = ()) -> Pipeline:
             f"{transformer.config.caption_channels}; the two folders are not of one model"
         )
     denoiser = OpenSoraDenoiser(transformer, schedule)
+    biases, replaced = {}, {}
+    if own.trajectories:
+        biases = _load_biases(folder, own.trajectories, denoiser.time_embedding())
+        names = {module: name for name, module in transformer.named_modules()}
+        replaced = {f"{names[denoiser.time_embedding()]}.bias": biases[max(own.trajectories)]}
     pipeline = Pipeline(
         folder=folder,
         denoiser=denoiser,
         vae=WFVAEWrapper(parts["vae"].requires_grad_(False).eval()),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=parts["text_encoder"].requires_grad_(False).eval(),
+        weights=Weights(folder / "transformer", products, replaced),
         timesteps=own.timesteps,
         trajectories=own.trajectories,
-        biases=_load_biases(folder, own.trajectories, denoiser.time_embedding()) if own.trajectories else {},
+        biases=biases,
     )
     if own.trajectories:
         pipeline.set_num_steps(max(own.trajectories))
@@ -216,20 +244,24 @@ def _load_biases(folder: Path, known: Mapping[int, object], linear: nn.Linear) -
     return {k: biases[str(k)] for k in known}
 
 
-def _merge_adapter(transformer: Any, path: Path) -> None:
-    """Add an adapter's file to a network's weights. Raises ValueError when the file is of another network."""
-    # A bias in it says what the biases of the student's own file say; merging asks every adapted linear for one.
+def _adapter(transformer: nn.Module, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """An adapter's file as `Weights.products` of a network. Raises ValueError when the file is of another network."""
+    # A bias in it says what the biases of the student's own file say.
     tensors = {name: value for name, value in _load_tensors(path).items() if not name.endswith(".bias")}
     paths = {name.split(".lora_")[0].removeprefix("transformer.") for name in tensors}
     modules = dict(transformer.named_modules())
     if not paths or (odd := sorted(paths - modules.keys())):
         raise ValueError(f"{path} is of another network: it adapts {odd[0] if paths else 'nothing'}")
-    try:
-        transformer.load_lora_adapter(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is of another network: {error}") from error
-    transformer.fuse_lora()
-    transformer.unload_lora()
+    products = {}
+    for name in sorted(paths):
+        halves = [tensors.get(f"transformer.{name}.lora_{half}.weight", torch.empty(0)) for half in "BA"]
+        up, down = halves
+        weight: Any = modules[name].weight
+        if (*up.shape, *down.shape) != (weight.shape[0], up.shape[-1], up.shape[-1], *weight.shape[1:]):
+            shapes = " and ".join(str(list(half.shape)) for half in halves)
+            raise ValueError(f"{path} is of another network: size mismatch, {shapes} for {name} {list(weight.shape)}")
+        products[f"{name}.weight"] = (up, down)
+    return products
 
 
 def load_metrics(folder: Path) -> dict[str, Any] | None:
