@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from rank_runs import run_ranks
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
@@ -195,24 +194,30 @@ def test_compiled_blocks_in_shards(flags: dict[str, Any], backend: str, config: 
         assert_same(rows, alone)
 
 
-def automatic(config: TrainConfig, fitting: tuple[int, int]) -> None:
-    """A run on ranks whose devices fit so many samples each."""
+def automatic(config: TrainConfig, fitting: tuple[int, int]) -> Any:
+    """What ranks whose devices fit so many samples each resolve `auto` to, and once more when they go on from that."""
 
     def fits_by_estimate(estimate_of: Callable[[int, str], Estimate], available: int) -> Callable[[int, str], bool]:
-        assert 0 < estimate_of(1, "none").peak < estimate_of(2, "none").peak < available
+        assert 0 < estimate_of(1, "none").peak < available
         return lambda size, _: size <= fitting[torch.distributed.get_rank()]
 
     sizing.fits_by_estimate = fits_by_estimate  # type: ignore[assignment]
-    train(config)
+    with joined(CPU) as ranks:
+        teacher = load_pipeline(config.model.model)
+        given = teacher.denoiser, prompt_cache(config, teacher, prompts_of(config)), [teacher.latent_shape]
+        found = sizing.with_batch_size(config, *given, None, ranks)
+        return found, sizing.with_batch_size(config, *given, found.flat(), ranks)
 
 
 def test_ranks_agree_on_the_batch_and_keep_it(config: TrainConfig) -> None:
-    """Two parts of two samples on each of two ranks, once and for all."""
-    flags = {"train_batch_size": "auto", "gradient_accumulation_steps": 2, "max_train_steps": 1}
-    for fitting in ((3, 2), (5, 7)):
-        run_ranks(2, automatic, with_flags(config, **flags), fitting)
-        found = yaml.safe_load((config.run.output_dir / "config.yaml").read_text())
-        assert (found["train_batch_size"], found["activation_checkpointing"]) == (8, "none")
+    """Two parts of two samples on each of two ranks; a run that goes on asks nobody."""
+    config = with_flags(config, train_batch_size="auto", gradient_accumulation_steps=2)
+    for found, again in run_ranks(2, automatic, config, (3, 2)):
+        assert (found.optimiser.train_batch_size, found.networks.activation_checkpointing) == (8, "none")
+        assert again == found
+    teacher = load_pipeline(config.model.model)
+    with pytest.raises(ValueError, match=r"--train_batch_size 5: .* a multiple of 2 .* 4 or 6 would do"):
+        sizing.with_batch_size(config, teacher.denoiser, [], [], {"train_batch_size": 5})  # type: ignore[arg-type]
 
 
 # ---- bytes

@@ -242,7 +242,8 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 x = block(x, text, text_mask, modulation, layouts[kind])
         x = layouts[order].restore(x)
 
-        shift, scale = (self.scale_shift_table + embedded_timestep.unsqueeze(1)).to(x.dtype).chunk(2, dim=1)
+        table = self.scale_shift_table.to(x.dtype) + embedded_timestep.unsqueeze(1)
+        shift, scale = table.chunk(2, dim=1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
         if context is not None:
             x = gather_tokens(x, context, tokens, rows)

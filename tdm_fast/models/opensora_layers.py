@@ -237,8 +237,8 @@ class OpenSoraBlock(nn.Module):
         x comes and returns in the order of ``layout``.
         A modulation's six parts are shift, scale, gate of the self-attention, then of the feed-forward.
         """
-        # In x's dtype: under autocast the table is fp32 and would make x so, which it is not where weights are bf16.
-        table = (self.scale_shift_table + modulation).to(x.dtype).unsqueeze(2)  # [B, 6, 1, d]
+        # In x's dtype, because under autocast an fp32 table would make x fp32, which it is not where weights are bf16.
+        table = (self.scale_shift_table.to(x.dtype) + modulation).unsqueeze(2)  # [B, 6, 1, d]
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.unbind(1)
         modulated = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
         x = torch.addcmul(x, gate_attn, self.attn1(modulated, layout))
