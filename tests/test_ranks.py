@@ -39,7 +39,7 @@ def torchrun(ranks: int, *flags: str) -> list[str]:
     return ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port()), *flags]
 
 
-def ended(process: subprocess.Popen[str], timeout: float = 600) -> str:
+def ended(process: subprocess.Popen[str], timeout: float = 120) -> str:
     """What it said, when it has ended."""
     try:
         return process.communicate(timeout=timeout)[0]
