@@ -161,8 +161,7 @@ def joined(
         store, rank, world = fresh_store()
         backend = "nccl" if bound else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE, **bound)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "context"))
-        yield Ranks(rank, world, device, mesh, _weights_mesh(device.type, shape, sharding))
+        yield on_mesh(rank, world, device, shape, sharding)
     except RuntimeError as error:
         if isinstance(error, RankLost) or not _is_loss(error):
             if isinstance(error, RankLost):
@@ -174,6 +173,12 @@ def joined(
         ) from error
     # After an error nothing is destroyed: that would wait for collectives that never end, and the process ends anyway.
     dist.destroy_process_group()
+
+
+def on_mesh(rank: int, world: int, device: torch.device, shape: tuple[int, int, int], sharding: Sharding) -> Ranks:
+    """One of the ranks of the process group that there is, which lie on a mesh of `mesh_shape`'s."""
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "context"))
+    return Ranks(rank, world, device, mesh, _weights_mesh(device.type, shape, sharding))
 
 
 def _weights_mesh(device_type: str, shape: Sequence[int], sharding: Sharding) -> DeviceMesh:
