@@ -86,7 +86,7 @@ class TensorMemory(TorchDispatchMode):
             return resized
 
         # No operator, which this would see; torch.distributed's own tracker of memory does the same.
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
         return super().__enter__()  # type: ignore[return-value]
 
     def __exit__(self, *error: Any) -> None:

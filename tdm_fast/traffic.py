@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -140,7 +140,7 @@ def least_bytes(
     keep = parts > 1 or not n.reshard_after_forward
     dtype, trained = 2 if bf16 else 4, ("fake",) * tdm.fake_updates + ("student",)
     teacher_calls = 1 if tdm.cfg == 1 else 2
-    found: Counter[Key] = Counter()
+    found: defaultdict[Key, float] = defaultdict(float)
 
     def gather(phase: str, role: str, numbers: int) -> None:
         if shard > 1:
