@@ -40,13 +40,22 @@ CUDA_GRANULARITY = 512
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # v2, v1
 
 
+class _Alive(NamedTuple):
+    """A storage that is counted: what tells of its end, its bytes in the allocator's units, the phase that made it."""
+
+    reference: weakref.ref[Any]
+    size: int
+    phase: str
+    granularity: int
+
+
 class TensorMemory(TorchDispatchMode):
     """Bytes of the tensors that are alive, as operators make and drop them inside the `with` block.
 
     Storages are counted, so a view costs nothing, a parameter, its gradient, an optimiser's moments and what autograd
     saved for the backward cost what they take, whoever holds them; each until it is freed. What was made before counts
     by `add`, or once an operator returns a view of it. Works on real and on fake tensors. What an operator takes for
-    itself while it runs is not seen.
+    itself while it runs is not seen. Storages that are resized are, as FSDP2 does with gathered weights that it drops.
 
     `device` restricts it to tensors there; for CUDA every storage is rounded up to 512 bytes, as its caching allocator
     does. `torch.distributed._tools.mem_tracker.MemTracker` counts the same bytes, but refuses a network that is called
@@ -65,7 +74,24 @@ class TensorMemory(TorchDispatchMode):
         self.peak_phase = OTHER
         self._phase = OTHER
         self._born: Counter[str] = Counter()
-        self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        self._alive: dict[int, _Alive] = {}
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> TensorMemory:
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            resized = resize(storage, size)
+            self._resized(storage)
+            return resized
+
+        # No operator, which this would see; torch.distributed's own tracker of memory does the same.
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        return super().__enter__()  # type: ignore[return-value]
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -105,22 +131,30 @@ class TensorMemory(TorchDispatchMode):
             return
         granularity = CUDA_GRANULARITY if device.type == "cuda" else 1
         for storage in _storages(tensor):
-            key = storage._cdata
-            size = -(-storage.nbytes() // granularity) * granularity
-            known = self._alive.get(key)
-            if known is not None:
-                if known[1] == size:
-                    continue
-                self._forget(key)  # it was resized
-            reference = weakref.ref(storage, partial(self._forget, key))
-            self._alive[key] = (reference, size, self._phase)
-            self._born[self._phase] += size
-            self.current += size
+            if storage._cdata in self._alive:
+                self._resized(storage)
+            else:
+                self._count(storage, granularity)
+
+    def _count(self, storage: torch.UntypedStorage, granularity: int) -> None:
+        size = -(-storage.nbytes() // granularity) * granularity
+        reference = weakref.ref(storage, partial(self._forget, storage._cdata))
+        self._alive[storage._cdata] = _Alive(reference, size, self._phase, granularity)
+        self._born[self._phase] += size
+        self.current += size
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage anew, in this phase, if it is known and has another size now."""
+        known = self._alive.get(storage._cdata)
+        if known is not None and not known.size - known.granularity < storage.nbytes() <= known.size:
+            self._forget(storage._cdata)
+            self._count(storage, known.granularity)
+            self._look()
 
     def _forget(self, key: int, _: object = None) -> None:
-        _, size, phase = self._alive.pop(key)
-        self._born[phase] -= size
-        self.current -= size
+        gone = self._alive.pop(key)
+        self._born[gone.phase] -= gone.size
+        self.current -= gone.size
 
     def _look(self) -> None:
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.current)

@@ -170,8 +170,7 @@ def joined(
         store, rank, world = fresh_store()
         backend = "nccl" if bound else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE, **bound)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "context"))
-        yield Ranks(rank, world, device, mesh, local_world, _weights_mesh(device.type, shape, sharding))
+        yield on_mesh(rank, world, device, shape, sharding, local_world)
     except RuntimeError as error:
         if isinstance(error, RankLost) or not _is_loss(error):
             if isinstance(error, RankLost):
@@ -201,6 +200,14 @@ def _heed_mpi() -> None:
             " with --multi_gpu in place of --cpu without MPI, as torchrun does",
             file=sys.stderr,
         )
+
+
+def on_mesh(
+    rank: int, world: int, device: torch.device, shape: tuple[int, int, int], sharding: Sharding, local_world: int = 1
+) -> Ranks:
+    """One of the ranks of the process group that there is, which lie on a mesh of `mesh_shape`'s."""
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "context"))
+    return Ranks(rank, world, device, mesh, local_world, _weights_mesh(device.type, shape, sharding))
 
 
 def _weights_mesh(device_type: str, shape: Sequence[int], sharding: Sharding) -> DeviceMesh:

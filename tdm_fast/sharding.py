@@ -13,6 +13,7 @@ rollout's weights, and its backward gathers P. Weights that are kept from a forw
 (`reshard_after_forward` off), or over the parts of an accumulated gradient, are gathered once, P, for both. Every
 update adds one sum of two numbers, its norm and its loss. Where every rank has all weights (`--sharding none`) nothing
 is gathered, and all gradients are all-reduced. With copies (`hybrid`) a reduced shard is all-reduced across them.
+`tdm_fast.traffic.least_bytes` is this as a function.
 
 Under bf16 weights are gathered in it, and so what is computed has it from the patch embedding on, the residual stream
 as well: fp32 is for what adds up over iterations and ranks, master weights, moments and reductions. One process

@@ -86,10 +86,19 @@ def with_flags(config: TrainConfig, **flags: Any) -> TrainConfig:
 
 
 def largest_example(
-    cache: PromptCache, config: TrainConfig, shapes: Shapes, device: torch.device, iteration: int = 0
+    cache: PromptCache,
+    config: TrainConfig,
+    shapes: Shapes,
+    device: torch.device,
+    iteration: int = 0,
+    ranks: Ranks | None = None,
 ) -> Batch:
-    """A batch as large as any of the run's: the largest latents, the longest prompt, and a shorter one to be padded."""
-    batch = make_batch(iteration, cache, config, [max(shapes, key=lambda shape: torch.Size(shape).numel())], device)
+    """A batch as large as any of the run's: the largest latents, the longest prompt, and a shorter one to be padded.
+
+    With `ranks` it is this rank's slice of one.
+    """
+    largest = max(shapes, key=lambda shape: torch.Size(shape).numel())
+    batch = make_batch(iteration, cache, config, [largest], device, ranks)
     by_length = sorted(range(len(cache)), key=lambda index: len(cache.embeddings[index]))
     prompts = [by_length[-1]] * len(batch.prompts)
     prompts[1:2] = by_length[:1] if len(prompts) > 1 else []
@@ -101,24 +110,19 @@ def estimate_run(
 ) -> Estimate:
     """What a run will hold on the device that `teacher` is on, the teacher included, without running it.
 
-    With `ranks`: on the device of each. What is there between iterations is divided by the ranks that share a copy of
-    the weights; a network's gradients are counted whole, which leaves room for the weights that are gathered instead,
-    and so are activations that the ranks of a context share.
+    With `ranks`, whose teacher may be on the meta device: on this one's device. The trainer's own code runs on fake
+    tensors, sharded as the run will be: what is gathered, reduced and exchanged is as large as it will be, but nothing
+    is sent, so that one rank may ask alone. The first has the largest shards.
     """
     ranks = ranks or Ranks(device=next(teacher.parameters()).device)
-    device, samples = ranks.device, config.optimiser.train_batch_size
-    assert isinstance(samples, int)
-    # What a compiler fuses away is left to the safe side.
-    eager = with_flags(config, compile="off", train_batch_size=samples // ranks.data_ranks)
-    batches = [largest_example(cache, eager, shapes, device, iteration) for iteration in range(2)]
+    device = ranks.device
+    eager = with_flags(config, compile="off")  # what a compiler fuses away is left to the safe side
+    batches = [largest_example(cache, eager, shapes, device, iteration, ranks) for iteration in range(2)]
 
     def step(state: Any, phase: Callable[[str], Any]) -> None:
         update(state, batches[state.iteration], eager, phase)
 
-    whole = estimate(lambda: make_state(on_device(copy.deepcopy(teacher), device), eager), step, device=device)
-    shared = whole.state - whole.state * ranks.copies // ranks.world
-    phases = {name: peak - shared for name, peak in whole.phases.items()}
-    return Estimate(whole.peak - shared, whole.state - shared, whole.phase, phases)
+    return estimate(lambda: make_state(copy.deepcopy(teacher), eager, ranks), step, device=device)
 
 
 def on_device(network: Denoiser, device: torch.device) -> Denoiser:

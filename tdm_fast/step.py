@@ -104,7 +104,8 @@ def make_state(
     """Networks, optimisers and average at iteration 0, on the device that `teacher` is on, or sharded over `ranks`.
 
     Student and fake score start as the teacher, which is taken over: frozen, and under bf16 kept in it. A teacher on
-    the meta device gets its weights, and so do the other two, from where `weights` says.
+    the meta device gets its weights, and so do the other two, from where `weights` says; without that they get memory
+    and no values, which is all that an estimate needs.
     """
     ranks = ranks or Ranks(device=next(teacher.parameters()).device)
     device = ranks.device
@@ -132,6 +133,9 @@ def make_state(
     shard_(networks, ranks, bf16=uses_bf16(config, device), reshard_after_forward=n.reshard_after_forward)
     if weights is not None:
         fill_(networks.models(), weights, device)
+    elif next(networks.roles.teacher.model.parameters()).is_meta:
+        for model in networks.models():
+            model.to_empty(device=device)
     student = networks.trainable("student")
     rate = o.student_learning_rate or o.learning_rate / 5
     return State(

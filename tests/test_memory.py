@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_step import MODELS, Model, Rung, make_config, make_prompts, make_teacher
+from rank_runs import run_ranks
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity
@@ -35,6 +36,8 @@ from tdm_fast.memory import (
     refuse_if_too_large,
 )
 from tdm_fast.models.denoiser import Conditioning
+from tdm_fast.ranks import joined
+from tdm_fast.sizing import estimate_run, with_flags
 from tdm_fast.step import State, make_batch, make_state, update
 
 SHAPE = (8, 3, 10, 12)
@@ -255,6 +258,62 @@ def test_an_estimate_is_what_a_run_takes(roles: str, kind: str) -> None:
     for phase, peak in tracker.peaks.items():
         assert found.phases[phase] == pytest.approx(peak, rel=0.03)
     assert found.phase == max(found.phases, key=lambda phase: found.phases[phase])
+
+
+def held_by_a_rank(config: TrainConfig) -> Any:
+    """What this rank will hold, asked of the first alone, and what it then does hold."""
+    n, cache = config.networks, make_prompts(MODEL)
+    with joined(torch.device("cpu"), n.sharding, n.shard_size, n.context_parallel) as ranks:
+        teacher = make_teacher(MODEL, "cpu").to("meta")
+        found = estimate_run(config, teacher, cache, [SHAPE], ranks) if ranks.is_main else None
+        batches = [make_batch(iteration, cache, config, [SHAPE], ranks=ranks) for iteration in range(2)]
+        with TensorMemory("cpu") as tracker:
+            with tracker.phase("build"):
+                state = make_state(teacher, config, ranks)
+            for batch in batches:
+                update(state, batch, config, tracker.phase)
+        # A real network keeps its tables; of one as small as this they are much.
+        storages = {table.untyped_storage()._cdata: table.untyped_storage() for table in tables_of(state)}
+        kept = sum(storage.nbytes() for storage in storages.values())
+        peaks = {phase: peak - kept for phase, peak in tracker.peaks.items()}
+        return found, tracker.peak - kept, tracker.current - kept, peaks
+
+
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (2, {}),
+        (2, {"context_parallel": 2, "activation_checkpointing": "selective"}),
+        (4, {"sharding": "hybrid", "shard_size": 2, "gradient_accumulation_steps": 2, "roles": "lora"}),
+    ],
+    ids=["full", "context", "hybrid, parts, lora"],
+)
+def test_an_estimate_of_ranks_is_what_each_holds(world: int, flags: dict[str, Any]) -> None:
+    """To a twentieth: a small network's inputs are more of it than a large one's."""
+    config = with_flags(configure("full", "none"), train_batch_size=8, **flags)
+    results = run_ranks(world, held_by_a_rank, config)
+    found = results[0][0]
+    for _, peak, held, peaks in results:
+        assert found.peak == pytest.approx(peak, rel=0.05)
+        assert found.state == pytest.approx(held, rel=0.05)
+        for phase in ("rollout", "fake", "student", "optimiser"):
+            assert found.phases[phase] == pytest.approx(peaks[phase], rel=0.05), phase
+
+
+def test_a_storage_that_is_resized_counts_as_it_is() -> None:
+    before = torch.UntypedStorage.resize_
+    for device in ("cpu", "cuda"):
+        with fake_tensors(), TensorMemory() as tracker:
+            x = torch.zeros(1000, device=device)
+            size = tracker.current
+            storage = x.untyped_storage()
+            storage.resize_(0)
+            assert tracker.current == 0
+            storage.resize_(4000)
+            assert tracker.current == size and tracker.peak == size
+            del x, storage
+            assert tracker.current == 0
+    assert torch.UntypedStorage.resize_ is before
 
 
 def test_checkpointing_takes_less_and_the_first_update_makes_the_moments() -> None:

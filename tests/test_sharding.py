@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from bench_scaling import count, shared_rung
+from bench_step import MODELS
 from rank_runs import run_ranks
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from tdm_fast import sizing, step
 from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig
-from tdm_fast.distill import TDMConfig
+from tdm_fast.distill import TDMConfig, rolled_samples
 from tdm_fast.memory import Estimate, TensorMemory
 from tdm_fast.models.loading import Weights, load_pipeline
 from tdm_fast.models.roles import make_networks
@@ -29,8 +31,8 @@ from tdm_fast.parallel import Compilations
 from tdm_fast.ranks import Ranks, joined
 from tdm_fast.sharding import collect, fill_
 from tdm_fast.sizing import with_flags
-from tdm_fast.step import Batch, State, make_batch, make_state, update
-from tdm_fast.traffic import Traffic
+from tdm_fast.step import Batch, State, make_batch, make_state, update, uses_bf16
+from tdm_fast.traffic import Tokens, Traffic, least_bytes, sizes_of
 from tdm_fast.train import prompt_cache, prompts_of, train
 
 CPU = torch.device("cpu")
@@ -236,8 +238,9 @@ def sizes(state: State, role: str) -> tuple[int, int, int]:
 
 
 def traffic_of(config: TrainConfig) -> Any:
-    """The bytes of the second iteration, when everything has been made, with the sizes of the networks."""
-    with joined(CPU, config.networks.sharding, config.networks.shard_size) as ranks:
+    """The bytes of the second iteration, when everything has been made; the sizes of the networks; bytes computed."""
+    n = config.networks
+    with joined(CPU, n.sharding, n.shard_size, n.context_parallel) as ranks:
         state, _ = iterate(config, ranks, 1)
         whole = load_pipeline(config.model.model)
         cache = prompt_cache(config, whole, prompts_of(config))
@@ -246,7 +249,27 @@ def traffic_of(config: TrainConfig) -> Any:
         with Traffic(state.networks.roles) as traffic:
             update(state, batch, config, traffic.phase)
         assert batch.draws.needed
-        return dict(traffic.bytes), roles
+        assert ranks.mesh is not None and ranks.weights is not None
+        replicate, shard, context = ranks.mesh.shape
+        network, samples = whole.denoiser.model, len(batch.prompts)
+        computed = least_bytes(
+            config,
+            sizes_of(network, ranks.weights.size(-1), roles["student"][2]),
+            (replicate, shard, context),
+            bf16=uses_bf16(config, CPU),
+            samples=samples,
+            rolled=rolled_samples(batch.tdm, batch.draws),
+            tokens=tokens_of(network, whole.latent_shape, context),
+        )
+        return dict(traffic.bytes), roles, computed
+
+
+def tokens_of(network: Any, latents: tuple[int, ...], context: int) -> Tokens:
+    """Of a sparse network with patches of 2 x 2."""
+    n, tokens = network.config.sparse_n, latents[1] * (latents[2] // 2) * (latents[3] // 2)
+    rows = -(-tokens // (n * n * context)) * n * n
+    dim = network.config.num_attention_heads * network.config.attention_head_dim
+    return Tokens(rows, dim, network.config.num_layers, 4 * network.out_channels)
 
 
 SUMS = {("optimiser", "optimiser", "all-reduce"): 2 * 2 * 4}
@@ -255,7 +278,8 @@ SUMS = {("optimiser", "optimiser", "all-reduce"): 2 * 2 * 4}
 
 def test_the_bytes_of_full_roles(config: TrainConfig) -> None:
     """With P numbers in a network, B of them in blocks: what tdm_fast.sharding says, 4 bytes each."""
-    found, roles = run_ranks(2, traffic_of, config)[0]
+    found, roles, computed = run_ranks(2, traffic_of, config)[0]
+    assert computed == found
     p, b, _ = roles["student"]
     assert found == {
         ("rollout", "student", "gather"): 4 * p,
@@ -271,7 +295,8 @@ def test_the_bytes_of_full_roles(config: TrainConfig) -> None:
 
 def test_bf16_halves_the_gathers_and_not_the_reductions(config: TrainConfig) -> None:
     flags = {"mixed_precision": "bf16", "reshard_after_forward": False, "gradient_accumulation_steps": 2}
-    found, roles = run_ranks(2, traffic_of, with_flags(config, **flags))[0]
+    found, roles, computed = run_ranks(2, traffic_of, with_flags(config, **flags))[0]
+    assert computed == found
     p, _, _ = roles["student"]
     assert found == {
         ("rollout", "student", "gather"): 2 * p,
@@ -287,7 +312,8 @@ def test_bf16_halves_the_gathers_and_not_the_reductions(config: TrainConfig) -> 
 def test_the_bytes_of_adapters(parts: int, config: TrainConfig) -> None:
     """The base is gathered once for the rollout and the student's update, for the fake's twice or, in parts, once."""
     config = with_flags(config, roles="lora", lora_rank=2, gradient_accumulation_steps=parts)
-    found, roles = run_ranks(2, traffic_of, config)[0]
+    found, roles, computed = run_ranks(2, traffic_of, config)[0]
+    assert computed == found
     p, b, adapter = roles["student"]
     by_phase = {}
     for (phase, _, collective), size in found.items():
@@ -304,9 +330,45 @@ def test_the_bytes_of_adapters(parts: int, config: TrainConfig) -> None:
 def test_the_bytes_of_whole_weights(config: TrainConfig) -> None:
     """Nothing is gathered; every gradient is all-reduced once, whatever the parts."""
     flags = {"sharding": "none", "gradient_accumulation_steps": 2}
-    found, roles = run_ranks(2, traffic_of, with_flags(config, **flags))[0]
+    found, roles, computed = run_ranks(2, traffic_of, with_flags(config, **flags))[0]
+    assert computed == found
     p, _, _ = roles["student"]
     assert found == {("fake", "fake", "all-reduce"): 4 * p, ("student", "student", "all-reduce"): 4 * p, **SUMS}
+
+
+def test_the_bytes_of_copies_and_contexts(config: TrainConfig) -> None:
+    """Two copies of the weights, each over the two ranks that share samples: reduced there, then across."""
+    flags = {"sharding": "hybrid", "shard_size": 2, "context_parallel": 2, "activation_checkpointing": "block"}
+    found, roles, computed = run_ranks(4, traffic_of, with_flags(config, **flags))[0]
+    assert computed == found
+    p, _, _ = roles["student"]
+    for role in ("fake", "student"):
+        assert found[role, role, "reduce"] == 4 * p and found[role, role, "all-reduce"] == 4 * p / 2
+    # Blocks run forward, again to recompute, and backward, where they are trained; the teacher's twice, for guidance.
+    exchanged = {key[:2]: size for key, size in found.items() if key[2] == "all-to-all"}
+    once = exchanged["student", "fake"]
+    assert exchanged["fake", "fake"] == exchanged["student", "student"] == 3 * once
+    assert exchanged["student", "teacher"] == 2 * once
+
+
+PRETENDED: dict[str, tuple[int, dict[str, Any], int]] = {
+    "full": (3, {}, 1),
+    "full, shared index, kept": (16, {"share_index": True, "reshard_after_forward": False}, 2),
+    "full, shared index, parts": (8, {"share_index": True, "gradient_accumulation_steps": 2, "fake_updates": 2}, 4),
+    "full, hybrid, context, no guidance": (64, {"sharding": "hybrid", "context_parallel": 2, "cfg": 1.0}, 1),
+    "lora, hybrid, context, shared index": (
+        16, {"roles": "lora", "sharding": "hybrid", "context_parallel": 2, "share_index": True,
+             "activation_checkpointing": "block"}, 1,
+    ),
+    "none, context": (8, {"sharding": "none", "context_parallel": 2, "activation_checkpointing": "selective"}, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "flags", "per_rank"), PRETENDED.values(), ids=PRETENDED.keys())
+def test_the_bytes_of_ranks_that_are_not_there(world: int, flags: dict[str, Any], per_rank: int) -> None:
+    """Many more ranks than this machine could run, odd numbers of shards: counted on fake tensors, in bfloat16."""
+    found = count(shared_rung(**flags), MODELS["dry"], world, per_rank)
+    assert found["computed"] == found["counted"] and found["counted"]
 
 
 # ---- what is not finite
