@@ -22,7 +22,7 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig
 
 from tdm_fast import cli
-from tdm_fast.checkpoint import checkpoints, latest_checkpoint
+from tdm_fast.files import checkpoints, latest_checkpoint
 from tdm_fast.preemption import EXIT_CODE, Preempted, Preemption
 
 TORCHRUN_JOB = Path(__file__).with_name("torchrun_job.py")
