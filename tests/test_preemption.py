@@ -22,8 +22,8 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig
 
 from tdm_fast import cli
-from tdm_fast.files import checkpoints, latest_checkpoint
-from tdm_fast.preemption import EXIT_CODE, Preempted, Preemption
+from tdm_fast.files import checkpoints, latest_checkpoint, locked
+from tdm_fast.preemption import EXIT_CODE, ORPHANED, Preempted, Preemption
 
 TORCHRUN_JOB = Path(__file__).with_name("torchrun_job.py")
 
@@ -58,6 +58,20 @@ def test_only_the_main_thread_hears() -> None:
     thread.start()
     thread.join()
     assert agreed == [(None, False)]
+
+
+def test_a_rank_without_torchrun_is_told_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables, stop in (({}, None), ({"TORCHELASTIC_RUN_ID": "run"}, ORPHANED)):
+        with monkeypatch.context() as patch:
+            patch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with Preemption() as preemption:
+                assert preemption.agreed().stop is None
+                patch.setattr(os, "getppid", lambda: 1)
+                assert preemption.agreed().stop == stop
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert preemption.agreed().stop == signal.SIGTERM
 
 
 def test_leaving_is_one_line_and_code_143(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +151,22 @@ def test_torchrun_hands_the_signal_on(tmp_path: Path) -> None:
     assert job.returncode != 0
     said = set(re.findall(r"tdm-fast: stopped by SIGUSR1 after iteration (\d+)", errors))
     assert {f"checkpoint-{step}" for step in said} == {latest_checkpoint(run).name}, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_ranks_save_and_leave_when_torchrun_dies(tmp_path: Path, number: signal.Signals) -> None:
+    """Of kill -9, or of a signal that it has not been told to hand on."""
+    run = tmp_path / "run"
+    job = torchrun(TORCHRUN_JOB, run, 10**6)
+    wait_for(lambda: latest_checkpoint(run), 120)
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=60)  # to the end of the ranks, which have the same stderr
+    assert job.returncode == -number
+    said = re.findall(r"tdm-fast: (?:rank 1: )?stopped because torchrun has died after iteration (\d+), which", errors)
+    assert len(said) == 2 and len(set(said)) == 1, errors
+    assert latest_checkpoint(run).name == f"checkpoint-{said[0]}"
+    with locked(run):  # nobody is left in it
+        assert not list(run.glob(".*"))
 
 
 def test_torchrun_starts_again_from_the_last_checkpoint(tmp_path: Path) -> None:
