@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from fault_jobs import Accident, Clock, Kill, Pause, Poison, Witness, start
 from safetensors.torch import load_file
-from test_ranks import children, ended, torchrun
+from test_ranks import children, torchrun
 from test_ranks import start as launch
 from torch import Tensor
 
@@ -77,11 +78,18 @@ def assert_same_to_rounding(run: Run, wanted: Run) -> None:
     assert run.losses() == pytest.approx(wanted.losses(), rel=1e-5)
     ours, theirs = run.tensors(), wanted.tensors()
     assert ours.keys() == theirs.keys()
-    for name in ours:
-        # Moments are averages of gradients; Adam can turn a weight's rounding into a step of its rate.
-        moment = "optimizer" in name
-        scale = theirs[name].double().abs().max().item() if moment else 1.0
-        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-3 * scale if moment else 1e-4), name
+    assert [
+        name for name in ours if not torch.allclose(ours[name], theirs[name], **tolerance(name, theirs[name]))
+    ] == []
+
+
+def tolerance(name: str, tensor: Tensor) -> dict[str, float]:
+    """How far one iteration may take a tensor from another run's by rounding."""
+    if "_optimizer/" in name:
+        smallest = 1e-12 if name.endswith("_sq") else 1e-6
+        return {"rtol": 0, "atol": 1e-4 * tensor.abs().max().item() + smallest}
+    # A bias of keys has no gradient but rounding, as softmax does not see it, and Adam makes steps of its rate of that.
+    return {"rtol": 0, "atol": 5e-4 if name.endswith("to_k.bias") else 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +203,7 @@ def test_ranks_that_have_all_weights_still_agree_after_a_nan(poisoned: Run, tiny
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     ours, theirs = whole.tensors(), poisoned.tensors()
-    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4) for name in ours if "ema/" in name)
+    assert all(torch.allclose(ours[name], theirs[name], **tolerance(name, theirs[name])) for name in ours)
 
 
 def test_ranks_refuse_a_checkpoint_of_another_configuration(undisturbed: Run) -> None:
@@ -221,12 +229,16 @@ def test_clocks_that_jump_do_not_make_an_older_checkpoint_the_newest(undisturbed
     assert [path.name for path in checkpoints(run.output)] == ["checkpoint-2", "checkpoint-3"]
 
 
+def wait_for_checkpoint(folder: Path, alive: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while latest_checkpoint(folder) is None:
+        assert time.monotonic() < end and alive(), "waited in vain"
+        time.sleep(0.01)
+
+
 def test_of_two_runs_in_a_folder_the_second_is_refused(undisturbed: Run, run: Run, tmp_path: Path) -> None:
     first = run.start(Pause(2, tmp_path / "go"))
-    end = time.monotonic() + 200
-    while latest_checkpoint(run.output) is None:
-        assert time.monotonic() < end, first.errors()
-        time.sleep(0.02)
+    wait_for_checkpoint(run.output, first.processes[0].is_alive)
     second = run.start(flags=("--seed", "7"))
     assert second.wait(120) == [2, 2], second.errors()
     for rank, prefix in enumerate(("tdm-fast: ", "tdm-fast: rank 1: ")):
@@ -244,11 +256,12 @@ def test_torchrun_starts_a_run_again_that_has_lost_a_rank(tiny_teacher: Path, tm
     flags = [*FLAGS, "--max_train_steps", 30, "--checkpointing_steps", 2]
     disturbed = Run(tiny_teacher, tmp_path / "disturbed")
     process = launch(torchrun(2, "--max-restarts", "1"), tiny_teacher, disturbed.output, *flags)
-    ranks = children(process, disturbed.output)
-    while latest_checkpoint(disturbed.output) is None:
-        time.sleep(0.005)
-    os.kill(ranks[1], signal.SIGKILL)
-    said = ended(process, timeout=300)
+    try:
+        wait_for_checkpoint(disturbed.output, lambda: process.poll() is None)
+        os.kill(children(process, disturbed.output)[1], signal.SIGKILL)
+        said, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, said
     going_on = re.search(r"going on from .*/checkpoint-(\d+)", said)
     assert going_on and int(going_on[1]) < 30, said
