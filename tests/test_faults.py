@@ -149,11 +149,10 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(undisturbed: Run, run: Run, ph
     assert {path.name for path in run.output.glob("*checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
 
 
-@pytest.mark.parametrize(
-    ("ranks", "sharding"), [(1, "none"), pytest.param(3, "full", marks=SLOW), pytest.param(2, "none", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "sharding"), [(1, "none"), (2, "none"), (3, "full")])
 def test_a_killed_run_goes_on_with_other_ranks(undisturbed: Run, run: Run, ranks: int, sharding: str) -> None:
-    """From what two ranks in shards had saved."""
+    """From what two ranks in shards had saved; test_ranks.py has a fast one."""
     shutil.copytree(undisturbed.output, run.output, ignore=shutil.ignore_patterns("checkpoint-3", "student"))
     assert f"going on from {run.output}/checkpoint-2\n" in run.to_the_end(ranks=ranks, flags=("--sharding", sharding))
     assert_same_to_rounding(run, undisturbed)
