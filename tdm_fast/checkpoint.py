@@ -1,24 +1,21 @@
-"""Save and resume: checkpoints of torch.distributed.checkpoint, written beside their place and renamed when whole.
+"""Save and resume: the tensors of all ranks in torch.distributed.checkpoint's files, written in the background.
 
-A checkpoint is a folder `checkpoint-<step>` with the shards of every rank (`__<rank>_0.distcp`), DCP's index of them
-(`.metadata`, a pickle: resume from folders that you trust) and `state.json`: the step, what the caller says of its run,
-and size and SHA-256 of every other file. Which one is the newest is told by the step's number, never by a clock.
+A checkpoint is a folder that appears when it is whole (files.py), with the shards of every rank (`__<rank>_0.distcp`)
+and DCP's index of them (`.metadata`, a pickle: resume from folders that you trust).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +24,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
@@ -40,9 +36,18 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
-STATE_FILE = "state.json"
+from tdm_fast.files import (
+    SaveError,
+    beside,
+    finish_checkpoint,
+    latest_checkpoint,
+    locked,
+    read_state,
+    remove_older,
+    tidy,
+)
+
 INDEX_FILE = ".metadata"
-FORMAT = 2
 PATIENCE = timedelta(minutes=10)
 """How long a rank waits for the slowest one's disk. A rank that dies is noticed at once: its sockets close."""
 GRACE = 20.0
@@ -50,8 +55,6 @@ GRACE = 20.0
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 """Named groups of named tensors: plain ones, equal on all ranks, or DTensors."""
-TABLES = {"qmap"}
-"""Parts of torchao's states that are the same on all ranks and for all parameters."""
 T = TypeVar("T")
 
 
@@ -71,10 +74,6 @@ class Alone:
 
     rank: int = 0
     world: int = 1
-
-
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; whatever was saved before is untouched."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ class Checkpoints:
 
     def _write(self, target: Path, plan: SavePlan, data: dict[str, Tensor], content: dict[str, Any]) -> None:
         """The save, in its thread."""
-        partial = _beside(target, "partial")
+        partial = beside(target, "partial")
         writer = _Writer(partial)
         try:
             self.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -281,23 +280,10 @@ class Checkpoints:
         return {name: of for part in found or () for name, of in part.items()}
 
     def _finish(self, target: Path, partial: Path, content: dict[str, Any]) -> None:
-        """Give a folder that is whole its name, and remove the oldest."""
-        for name, of in content["files"].items():
-            path = partial / name
-            if not path.is_file() or path.stat().st_size != of["bytes"]:
-                raise OSError(f"{name} of another rank is not there; the folder must be one that all ranks share")
-        text = json.dumps(content | {"format": FORMAT}, sort_keys=True)
-        content = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "format": FORMAT, **content}
-        _write(partial / STATE_FILE, json.dumps(content, indent=2).encode())
-        _sync(partial)
-        _put_in_place(partial, target)
+        """Give a folder that all ranks have filled its name, and remove the oldest."""
+        finish_checkpoint(partial, target, content)
         if self.keep is not None:
-            # Later ones are there when a run went back to an earlier one; they are not older for having a higher step.
-            found = checkpoints(self.folder)
-            for old in found[: found.index(target) + 1][: -self.keep]:
-                # Under another name first: what is half deleted must not be taken for whole.
-                os.replace(old, _beside(old, "gone"))
-                shutil.rmtree(_beside(old, "gone"), ignore_errors=True)
+            remove_older(target, self.keep)
 
 
 def save_checkpoint(
@@ -318,39 +304,13 @@ def inspect(path: Path, *, part: int = 0, parts: int = 1) -> Checkpoint:
 
     Raises ValueError when it is no checkpoint, or a file is missing, damaged or another checkpoint's.
     """
-    if not (path / STATE_FILE).is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
-        raise ValueError(f"{path} is not a checkpoint (no {STATE_FILE}; found: {found or 'an empty folder'})")
-
-    def damaged(file: str, what: str) -> ValueError:
-        return ValueError(f"checkpoint {path} is damaged ({file} {what}); remove it to go on from the one before")
-
-    try:
-        content = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        assert isinstance(content, dict)
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError) as error:
-        raise damaged(STATE_FILE, f"is no JSON object: {error}") from error
-    if content.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {path} is of another version of tdm-fast, which alone can go on from it")
-    digest = content.pop("sha256", None)
-    if hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() != digest:
-        raise damaged(STATE_FILE, "is not as it was saved: its SHA-256 differs")
-    files = content.pop("files")
-    for number, (name, of) in enumerate(sorted(files.items())):
-        file = path / name
-        if not file.is_file():
-            raise damaged(name, "is missing")
-        if (size := file.stat().st_size) != of["bytes"]:
-            raise damaged(name, f"has {size} bytes, not {of['bytes']}: {'cut' if size < of['bytes'] else 'too long'}")
-        if (name == INDEX_FILE or number % parts == part) and _sha256(file) != of["sha256"]:
-            raise damaged(name, "is not as it was saved: its SHA-256 differs; bits are rotten or it is of elsewhere")
+    content = read_state(path, lambda number, name: name == INDEX_FILE or number % parts == part)
     index = dcp.FileSystemReader(path).read_metadata()
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in content.pop("groups")}
     for key, info in index.state_dict_metadata.items():
         assert isinstance(info, TensorStorageMetadata)
         group, name = key.split("/", 1)
         groups[group][name] = torch.empty(info.size, dtype=info.properties.dtype, device="meta")
-    del content["format"]
     return Checkpoint(path, content, groups)
 
 
@@ -403,16 +363,6 @@ def gloo_group(limit: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(group, dist.ProcessGroup)
     return group
-
-
-def tidy(folder: Path) -> None:
-    """Undo what killed runs have left half done in a folder that is locked."""
-    for path in folder.glob(".checkpoint-*"):
-        if match := re.fullmatch(r"\.(checkpoint-\d+)\.(partial|old|gone)", path.name):
-            if match[2] == "old" and not (folder / match[1]).exists():  # killed while another took its place
-                os.replace(path, folder / match[1])
-            else:
-                shutil.rmtree(path)
 
 
 def flat(groups: Groups) -> dict[str, Tensor]:
@@ -522,204 +472,3 @@ def _reason(error: BaseException) -> str:
 
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename a folder that is whole, in place of another if there is one."""
-    old = _beside(folder, "old")
-    # A folder cannot replace a full one in one step, and one that is being deleted must not be taken for whole.
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder to fill; it takes `folder`'s name and place when the block ends, and not a moment before.
-
-    Raises SaveError, `folder` as it was, when what the block writes does not fit the disk.
-    """
-    partial = _beside(folder, "partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _sync(path)
-        _put_in_place(partial, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise SaveError(f"could not write {folder}: {getattr(error, 'strerror', None) or error}") from error
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made if need be, until the block or the process ends.
-
-    Raises ValueError when another run is in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder} is in use by another run; wait for its end or name another folder") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, oldest step first."""
-    found = [
-        (int(match[1]), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None."""
-    found = checkpoints(folder)
-    return found[-1] if found else None
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as flat tensors, `<parameter index>.<name>`; rates follow from the step and stay out.
-
-    A state that is a tensor of tensors (torchao's of 8 bits) becomes its parts, `<parameter index>.<name>.<part>`, with
-    as many rows as it has: a row is whole blocks of numbers that share a scale.
-    """
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}{suffix}": tensor
-        for index, slots in state.items()
-        for name, value in slots.items()
-        for suffix, tensor in _parts(value).items()
-    }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`, for an optimiser over the same parameters in the same order."""
-    make_optimizer_state(optimizer, tensors)
-    mine = optimizer_tensors(optimizer)
-    if odd := sorted(mine.keys() ^ tensors.keys()):
-        raise ValueError(f"the states are of another optimiser: {len(odd)} names differ, {odd[0]} first")
-    for name, tensor in mine.items():
-        tensor.copy_(tensors[name])
-
-
-@torch.no_grad()
-def make_optimizer_state(optimizer: torch.optim.Optimizer, names: Collection[str]) -> None:
-    """Give a new optimiser the states that `names`, as of `optimizer_tensors`, tell: tensors to load into.
-
-    It makes them itself, in a step of zero gradients at a rate of zero: of its own types, sharded as its parameters.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    rates = [_rate_zero(group) for group in optimizer.param_groups]
-    for index in {int(name.split(".", 1)[0]) for name in names}:
-        if index < len(parameters) and not optimizer.state.get(parameters[index]):
-            parameters[index].grad = torch.zeros_like(parameters[index])
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].copy_(rate)
-        else:
-            group["lr"] = rate
-
-
-def _rate_zero(group: dict[str, Any]) -> Any:
-    """Set a group's rate to 0 and return what it was; torchao's is a tensor that must stay the same one."""
-    rate = group["lr"]
-    if isinstance(rate, Tensor):
-        was = rate.clone()
-        rate.zero_()
-        return was
-    group["lr"] = 0.0
-    return rate
-
-
-def _parts(value: Tensor) -> dict[str, Tensor]:
-    """A tensor by its suffix `""`, or the parts of one made of others, sharded as it is."""
-    local = value.to_local() if isinstance(value, DTensor) else value
-    if not hasattr(local, "__tensor_flatten__"):
-        return {"": value}
-    parts: dict[str, Tensor] = {}
-    for part in local.__tensor_flatten__()[0]:
-        inner = getattr(local, part)
-        if part not in TABLES:
-            inner = inner.view(len(local), -1)
-            if isinstance(value, DTensor):
-                shape = torch.Size((len(value), inner.shape[1]))
-                inner = DTensor.from_local(
-                    inner, value.device_mesh, value.placements, run_check=False, shape=shape, stride=(shape[1], 1)
-                )
-        parts[f".{part}"] = inner
-    return parts
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content in one step; raises SaveError, the old content intact, when it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(partial, data)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"could not write {path}: {error.strerror or error}") from error
-
-
-def truncate_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the rows of a JSON-lines file that a resumed run will write again: those that `keep` says no to."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):  # a kill can leave a torn last line
-            if keep(json.loads(line)):
-                lines.append(line)
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())
-
-
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The JSON object of a file. Raises ValueError when the file is damaged or the object lacks one of `keys`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object")
-    if missing := [key for key in keys if key not in content]:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
-    return content
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Have a file's or a folder's content on the disk before what is done next."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -102,7 +102,7 @@ def guarded(command: Callable[[], int]) -> int:
         _record(error)
         from safetensors import SafetensorError
 
-        from tdm_fast.checkpoint import SaveError
+        from tdm_fast.files import SaveError
         from tdm_fast.preemption import EXIT_CODE, Preempted, RankLost
 
         codes = {Preempted: EXIT_CODE, RankLost: 1}

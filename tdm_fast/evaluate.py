@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdm_fast import tiny_shapes
-from tdm_fast.checkpoint import write_atomically
 from tdm_fast.config import BUNDLED_TEACHER
 from tdm_fast.evaluator import ShapesEvaluator, all_correct, frechet_interval, moments
+from tdm_fast.files import write_atomically
 from tdm_fast.models.loading import (
     METRICS_FILE,
     Pipeline,

@@ -23,23 +23,14 @@ from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
 from tdm_fast import tiny_shapes
-from tdm_fast.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    load_optimizer_tensors,
-    locked,
-    optimizer_tensors,
-    read_json,
-    save_checkpoint,
-    truncate_log,
-    whole_folder,
-    write_atomically,
-)
+from tdm_fast.checkpoint import load_checkpoint, save_checkpoint
 from tdm_fast.config import DEFAULTS_FILE
 from tdm_fast.evaluator import ShapesEvaluator
+from tdm_fast.files import latest_checkpoint, locked, read_json, truncate_log, whole_folder, write_atomically
 from tdm_fast.host import keep_memory
 from tdm_fast.models import OpenSoraT2V_v1_3, WFVAEModel
 from tdm_fast.models.loading import METRICS_FILE
+from tdm_fast.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from tdm_fast.philox import Purpose, bounded, randn, random_integers
 from tdm_fast.schedule import Schedule
 from tdm_fast.text import PromptCache, word_tokenizer

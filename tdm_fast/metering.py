@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 from tdm_fast import host
-from tdm_fast.checkpoint import SaveError, write_atomically
+from tdm_fast.files import SaveError, write_atomically
 from tdm_fast.memory import fake_tensors
 
 PHASES = ("data", "rollout", "fake", "student", "optimiser", "communication")

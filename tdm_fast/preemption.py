@@ -6,14 +6,17 @@ would tell a scheduler (Slurm, Kubernetes, torchrun) that the run is finished an
 
 Under torchrun: the agent hands SIGTERM on to its ranks, but SIGUSR1 only if it is told to: with the environment's
 `TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`, or, where torchrun has that flag and overwrites
-the variable, `--signals-to-handle` with the same list. Otherwise the agent dies of it and leaves its ranks alone. It
-kills what has not ended after 30 seconds: the iteration, samples that are due and the save have to fit in there.
+the variable, `--signals-to-handle` with the same list. It kills what has not ended after 30 seconds: the iteration,
+samples that are due and the save have to fit in there. An agent that dies, of a signal that it does not hand on or by
+kill -9, tells its ranks nothing. They notice that they have another parent, and save and leave as if told to: nobody
+would start them again, and they would keep the folder from a run that somebody does start.
 
 When a rank has died torchrun sends SIGTERM to the others, too. They cannot agree any more, so nobody tries to save.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from datetime import timedelta
@@ -28,14 +31,17 @@ from tdm_fast.checkpoint import Alone, Ranks, first_words, gloo_group
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 128 + signal.SIGTERM
+ORPHANED = signal.SIGHUP
+"""What stands for the death of torchrun's agent, of which there is no signal."""
 
 
 class Preempted(Exception):
     """A run has ended because it was told to; what it had done is saved."""
 
     def __init__(self, by: signal.Signals, iteration: int, checkpoint: Path | None) -> None:
+        why = "because torchrun has died" if by == ORPHANED else f"by {by.name}"
         super().__init__(
-            f"stopped by {by.name} after iteration {iteration}, which is saved in {checkpoint}; the same command goes"
+            f"stopped {why} after iteration {iteration}, which is saved in {checkpoint}; the same command goes"
             " on from there"
         )
 
@@ -48,7 +54,7 @@ class Agreed(NamedTuple):
     """What the ranks have agreed on at the end of an iteration."""
 
     stop: signal.Signals | None
-    """The signal by which one of them has been told to leave."""
+    """The signal by which one of them has been told to leave, or ORPHANED."""
     failing: bool
     """Whether one of them is failing, so that all must."""
 
@@ -67,6 +73,9 @@ class Preemption:
         """The signal that this rank has got, or 0."""
         self._group: dist.ProcessGroup | None = None
         self._before: dict[signal.Signals, Any] = {}
+        # It is alive now: when the block is entered the ranks meet in the store that it keeps. Whom a shell alone has
+        # started may well outlive that.
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> Preemption:
         if self.ranks.world > 1:
@@ -87,9 +96,12 @@ class Preemption:
     def agreed(self, *, failing: bool = False) -> Agreed:
         """What any of the ranks has heard, or says of itself, until now; the same on all of them. Waits for no device.
 
-        Raises RankLost when a rank has died, or has not called this for `limit`.
+        A rank whose torchrun has died has heard that. Raises RankLost when a rank has died, or has not called this for
+        `limit`.
         """
-        heard = self.heard
+        heard: int = self.heard
+        if not heard and self._agent not in (None, os.getppid()):
+            heard = ORPHANED
         if self._group is not None:
             told = torch.tensor([heard, failing], dtype=torch.int32)
             try:

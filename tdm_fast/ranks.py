@@ -178,7 +178,8 @@ def joined(
             raise
         time.sleep(SECOND)
         raise RankLost(
-            f"rank {rank} ends because another rank has died or does not answer ({str(error).strip().splitlines()[0]})"
+            f"another rank has died, or does not answer ({str(error).strip().splitlines()[0]}); this one ends, too, and"
+            " saves nothing: the same command goes on from the last whole checkpoint"
         ) from error
     # After an error nothing is destroyed: that would wait for collectives that never end, and the process ends anyway.
     dist.destroy_process_group()

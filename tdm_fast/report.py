@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tdm_fast import tiny_shapes
-from tdm_fast.checkpoint import write_atomically
 from tdm_fast.evaluate import (
     FEW_STEPS,
     NOISE_SEED,
@@ -24,6 +23,7 @@ from tdm_fast.evaluate import (
     sweep_guidance,
 )
 from tdm_fast.evaluator import ShapesEvaluator
+from tdm_fast.files import write_atomically
 from tdm_fast.models.loading import METRICS_FILE, Pipeline, load_metrics
 from tdm_fast.sample import generate, trailing_timesteps
 from tdm_fast.text import PromptCache

@@ -13,7 +13,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tdm_fast.checkpoint import Checkpoint, Groups, make_optimizer_state, optimizer_tensors
+from tdm_fast.checkpoint import Checkpoint, Groups
 from tdm_fast.config import OptimiserConfig, TrainConfig
 from tdm_fast.data import draw_prompts, draw_size
 from tdm_fast.distill import Draws, Intervals, TDMConfig, draw, fake_loss, rollout, student_forward, student_loss
@@ -21,6 +21,7 @@ from tdm_fast.guards import Guard, Update, average_
 from tdm_fast.models.denoiser import Conditioning, Denoiser
 from tdm_fast.models.loading import Weights
 from tdm_fast.models.roles import Networks, make_networks, tell
+from tdm_fast.optimizer_state import make_optimizer_state, optimizer_tensors
 from tdm_fast.parallel import Compilations, apply_checkpointing, compile_blocks, compile_bound, warm_up
 from tdm_fast.philox import randn
 from tdm_fast.ranks import Ranks

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tdm_fast.checkpoint import write_atomically
+from tdm_fast.files import write_atomically
 from tdm_fast.models.denoiser import Conditioning
 
 MAX_LENGTH = 512

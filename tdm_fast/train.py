@@ -25,17 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdm_fast import tiny_shapes
-from tdm_fast.checkpoint import (
-    Checkpoint,
-    Checkpoints,
-    SaveError,
-    checkpoints,
-    latest_checkpoint,
-    truncate_log,
-    write_atomically,
-)
+from tdm_fast.checkpoint import Checkpoint, Checkpoints
 from tdm_fast.config import TrainConfig
 from tdm_fast.evaluate import Yardstick, load_yardstick
+from tdm_fast.files import SaveError, checkpoints, latest_checkpoint, truncate_log, write_atomically
 from tdm_fast.guards import name_samples
 from tdm_fast.host import keep_memory
 from tdm_fast.metering import (

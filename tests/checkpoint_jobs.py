@@ -16,8 +16,9 @@ from few_ranks import Few
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from tdm_fast import checkpoint
-from tdm_fast.checkpoint import Checkpoints, make_optimizer_state, optimizer_tensors
+from tdm_fast import checkpoint, files
+from tdm_fast.checkpoint import Checkpoints
+from tdm_fast.optimizer_state import make_optimizer_state, optimizer_tensors
 from tdm_fast.preemption import Preempted, Preemption
 
 SHAPES = {"even": (6, 3), "odd": (5, 2), "flat": (1, 4), "bias": (7,), "lonely": (4,)}
@@ -131,18 +132,7 @@ class Kill:
     def __call__(self, ranks: Few) -> None:
         if ranks.rank != (self.victim or 0):
             return
-        name = f"checkpoint-{self.step}"
-        patches: dict[str, tuple[Any, str, Callable[..., bool]]] = {
-            "training": (globals_of_this_module(), "at_step", lambda step: step == self.step),
-            "staging": (Checkpoints, "_copy", lambda store, *_: str(store.last).endswith(f"-{self.step - 1}")),
-            "writing": (checkpoint._HashedFile, "write", lambda file, _: f".{name}.partial/__" in str(file.name)),
-            "index": (checkpoint._HashedFile, "write", lambda file, _: f".{name}.partial/.meta" in str(file.name)),
-            "state": (checkpoint, "_write", lambda path, _: f".{name}.partial" in str(path)),
-            "renaming": (os, "replace", lambda _, new: str(new).endswith(f"/{name}")),
-            "renamed": (checkpoint, "_sync", lambda path: (path / name).exists()),
-            "removing": (checkpoint.shutil, "rmtree", lambda path, **_: str(path).endswith(".gone")),
-        }
-        owner, attribute, due = patches[self.phase]
+        owner, attribute, due = self.moments()[self.phase]
         original = getattr(owner, attribute)
 
         def patched(*arguments: Any, **names: Any) -> Any:
@@ -154,6 +144,20 @@ class Kill:
             return original(*arguments, **names)
 
         setattr(owner, attribute, patched)
+
+    def moments(self) -> dict[str, tuple[Any, str, Callable[..., bool]]]:
+        """Of each phase a function, where it is, and which of its calls is the victim's last."""
+        name = f"checkpoint-{self.step}"
+        return {
+            "training": (globals_of_this_module(), "at_step", lambda step: step == self.step),
+            "staging": (Checkpoints, "_copy", lambda store, *_: str(store.last).endswith(f"-{self.step - 1}")),
+            "writing": (checkpoint._HashedFile, "write", lambda file, _: f".{name}.partial/__" in str(file.name)),
+            "index": (checkpoint._HashedFile, "write", lambda file, _: f".{name}.partial/.meta" in str(file.name)),
+            "state": (files, "write", lambda path, _: f".{name}.partial" in str(path)),
+            "renaming": (os, "replace", lambda _, new: str(new).endswith(f"/{name}")),
+            "renamed": (files, "sync", lambda path: (path / name).exists()),
+            "removing": (files.shutil, "rmtree", lambda path, **_: str(path).endswith(".gone")),
+        }
 
     def kill(self) -> None:
         if self.victim is None:

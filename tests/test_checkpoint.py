@@ -19,21 +19,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdm_fast import checkpoint
-from tdm_fast.checkpoint import (
+from tdm_fast import checkpoint, files
+from tdm_fast.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from tdm_fast.files import (
     STATE_FILE,
-    Checkpoints,
     SaveError,
     checkpoints,
     latest_checkpoint,
-    load_checkpoint,
-    load_optimizer_tensors,
     locked,
-    optimizer_tensors,
-    save_checkpoint,
     whole_folder,
     write_atomically,
 )
+from tdm_fast.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
 
 def groups(value: float) -> dict[str, dict[str, Tensor]]:
@@ -136,7 +133,7 @@ def test_a_full_disk_leaves_the_last_one_intact(
 
 def test_a_failing_sync_or_state_is_a_failure_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(SaveError, match="No checkpoint had been saved before"):
-        patch.setattr(checkpoint, "_write", no_space)
+        patch.setattr(files, "write", no_space)
         save_checkpoint(tmp_path, 1, groups(1), {})
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(SaveError, match="No checkpoint had been saved before"):
@@ -283,14 +280,14 @@ def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    sync = checkpoint._sync
+    sync = files.sync
 
     def watch(path: Path) -> None:
         synced.append(path)
         assert (tmp_path / "folder").exists() == (path == tmp_path)
         sync(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", watch)
+    monkeypatch.setattr(files, "sync", watch)
     with whole_folder(tmp_path / "folder") as partial:
         (partial / "deep").mkdir()
         (partial / "deep" / "weights").write_text("written by somebody else")

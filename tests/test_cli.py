@@ -16,7 +16,7 @@ import pytest
 
 import tdm_fast
 from tdm_fast import cli
-from tdm_fast.checkpoint import SaveError
+from tdm_fast.files import SaveError
 
 Show = Callable[..., tuple[int, str]]
 

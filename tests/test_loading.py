@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
-from tdm_fast import checkpoint
-from tdm_fast.checkpoint import SaveError
+from tdm_fast import files
 from tdm_fast.evaluate import load_evaluator
 from tdm_fast.evaluator import ShapesEvaluator
+from tdm_fast.files import SaveError
 from tdm_fast.models.loading import check_sizes, load_pipeline, save_student
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -118,7 +118,7 @@ def test_a_student_that_cannot_be_written_leaves_the_old_one(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for module, name in ((network, "save_pretrained"), (shutil, "copytree"), (checkpoint, "_sync")):
+    for module, name in ((network, "save_pretrained"), (shutil, "copytree"), (files, "sync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(SaveError, match=f"could not write {tmp_path}/student: No space left on device"):

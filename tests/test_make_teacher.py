@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from tdm_fast import evaluate, tiny_shapes
 from tdm_fast import make_teacher as module
-from tdm_fast.checkpoint import SaveError, locked
 from tdm_fast.evaluate import load_evaluator
+from tdm_fast.files import SaveError, locked
 from tdm_fast.make_teacher import Stage, TeacherConfig, make_teacher
 from tdm_fast.models.loading import load_pipeline
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdm_fast import metering
-from tdm_fast.checkpoint import SaveError
+from tdm_fast.files import SaveError
 from tdm_fast.guards import Guard
 from tdm_fast.metering import (
     Cost,

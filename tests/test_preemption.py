@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,8 +22,8 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig
 
 from tdm_fast import cli
-from tdm_fast.checkpoint import checkpoints, latest_checkpoint
-from tdm_fast.preemption import EXIT_CODE, Preempted, Preemption
+from tdm_fast.files import checkpoints, latest_checkpoint, locked
+from tdm_fast.preemption import EXIT_CODE, ORPHANED, Preempted, Preemption
 
 TORCHRUN_JOB = Path(__file__).with_name("torchrun_job.py")
 
@@ -58,6 +58,20 @@ def test_only_the_main_thread_hears() -> None:
     thread.start()
     thread.join()
     assert agreed == [(None, False)]
+
+
+def test_a_rank_without_torchrun_is_told_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables, stop in (({}, None), ({"TORCHELASTIC_RUN_ID": "run"}, ORPHANED)):
+        with monkeypatch.context() as patch:
+            patch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with Preemption() as preemption:
+                assert preemption.agreed().stop is None
+                patch.setattr(os, "getppid", lambda: 1)
+                assert preemption.agreed().stop == stop
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert preemption.agreed().stop == signal.SIGTERM
 
 
 def test_leaving_is_one_line_and_code_143(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,24 +128,39 @@ def test_a_rank_that_does_not_answer_is_not_waited_for_long(tmp_path: Path) -> N
     assert not any(path.name.startswith(".") and path not in left for path in left)
 
 
-def torchrun(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+Torchrun = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def torchrun() -> Iterator[Torchrun]:
+    """torchrun(*arguments, **environment) with two ranks; what a failed test leaves running is killed."""
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    started = []
+
+    def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+        job = subprocess.Popen(
+            [*command, *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(job)
+        return job
+
+    yield start
+    for job in started:
+        job.kill()  # of which its ranks end, too
+        job.communicate()
 
 
-def test_torchrun_hands_the_signal_on(tmp_path: Path) -> None:
+def test_torchrun_hands_the_signal_on(torchrun: Torchrun, tmp_path: Path) -> None:
     signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     run = tmp_path / "run"
     known = "signals_to_handle" in inspect.signature(LaunchConfig).parameters
     flags = ["--signals-to-handle", signals] if known else []
     job = torchrun(*flags, TORCHRUN_JOB, run, 10**6, TORCHELASTIC_SIGNALS_TO_HANDLE=signals)
-    wait_for(lambda: latest_checkpoint(run))
+    wait_for(lambda: latest_checkpoint(run), 120)
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=60)
     assert job.returncode != 0
@@ -139,10 +168,26 @@ def test_torchrun_hands_the_signal_on(tmp_path: Path) -> None:
     assert {f"checkpoint-{step}" for step in said} == {latest_checkpoint(run).name}, errors
 
 
-def test_torchrun_starts_again_from_the_last_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_ranks_save_and_leave_when_torchrun_dies(torchrun: Torchrun, tmp_path: Path, number: signal.Signals) -> None:
+    """Of kill -9, or of a signal that it has not been told to hand on."""
+    run = tmp_path / "run"
+    job = torchrun(TORCHRUN_JOB, run, 10**6)
+    wait_for(lambda: latest_checkpoint(run), 120)
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=120)  # to the end of the ranks, which have the same stderr
+    assert job.returncode == -number
+    said = re.findall(r"tdm-fast: (?:rank 1: )?stopped because torchrun has died after iteration (\d+), which", errors)
+    assert len(said) == 2 and len(set(said)) == 1, errors
+    assert latest_checkpoint(run).name == f"checkpoint-{said[0]}"
+    with locked(run):  # nobody is left in it
+        assert not list(run.glob(".*"))
+
+
+def test_torchrun_starts_again_from_the_last_checkpoint(torchrun: Torchrun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = torchrun("--max_restarts=1", TORCHRUN_JOB, run, 6, "writing")
-    _, errors = job.communicate(timeout=90)
+    _, errors = job.communicate(timeout=240)
     assert job.returncode == 0, errors
     assert "going on from 2" in errors
     whole = few_ranks.start(jobs.train, 2, tmp_path / "whole", tmp_path / "undisturbed", 6)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdm_fast import sizing, step
 from tdm_fast import train as module
-from tdm_fast.checkpoint import latest_checkpoint, load_checkpoint
+from tdm_fast.checkpoint import load_checkpoint
 from tdm_fast.config import (
     BUNDLED_TEACHER,
     ModelConfig,
@@ -27,6 +27,7 @@ from tdm_fast.config import (
     parse_train,
 )
 from tdm_fast.distill import TDMConfig
+from tdm_fast.files import latest_checkpoint
 from tdm_fast.models.loading import load_pipeline
 from tdm_fast.sample import choose_timesteps
 from tdm_fast.sizing import estimate_run, iteration_flops, measure_costs, with_flags

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from tdm_fast import host
 from tdm_fast import train as module
-from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, locked, save_checkpoint
+from tdm_fast.checkpoint import load_checkpoint, save_checkpoint
 from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
 from tdm_fast.distill import TDMConfig
+from tdm_fast.files import checkpoints, latest_checkpoint, locked
 from tdm_fast.models.loading import load_pipeline
 from tdm_fast.ops._dispatch import choose
 from tdm_fast.step import Batch, State, make_batch, make_state, rate_schedule, update

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from tdm_fast.checkpoint import read_json, whole_folder
+from tdm_fast.files import read_json, whole_folder
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.models.vae import WFVAEWrapper
