@@ -51,7 +51,8 @@ from tdm_fast.metering import (
     report,
     speed,
 )
-from tdm_fast.models.loading import Pipeline, digest, load_pipeline
+from tdm_fast.models.loading import Pipeline, load_parts
+from tdm_fast.models.sources import Sources
 from tdm_fast.preemption import Preempted, Preemption
 from tdm_fast.ranks import Ranks, check_batch, joined
 from tdm_fast.report import finish
@@ -69,6 +70,10 @@ FREE_FLAGS = {
     "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
     "num_eval_videos", "logging_steps", "max_skipped_steps", "report_to", "profile", "lora_save", "sharding",
     "shard_size", "context_parallel", "reshard_after_forward", "gradient_accumulation_steps",
+}  # fmt: skip
+# Flags that say where the teacher's parts are; the parts' contents count.
+PLACES = {
+    "model_path", "ae", "ae_path", "text_encoder_name_1", "text_encoder_name_2", "opensora_source", "prompt_cache",
 }  # fmt: skip
 # Flags that it may change when it names the checkpoint to go on from: what helps one that diverged.
 TUNED_FLAGS = ("learning_rate", "student_learning_rate", "max_grad_norm")
@@ -92,13 +97,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
             " with A among them"
         )
     n, o = config.networks, config.optimiser
+    sources = Sources.of_flags(config.model)
+    check_teacher(config, sources)
     with joined(device, n.sharding, n.shard_size, n.context_parallel) as ranks:
         if o.train_batch_size != "auto":
             check_batch(o.train_batch_size, o.gradient_accumulation_steps, ranks.data_ranks)
         elif ranks.world > 1 or o.gradient_accumulation_steps > 1:
             raise ValueError("--train_batch_size auto: it looks at one rank without accumulation; name a number")
-        empty = {"transformer"} if ranks.world > 1 and n.sharding != "none" else set()
-        teacher = load_pipeline(config.model.model, empty=empty if ranks.is_main else empty | {"vae", "text_encoder"})
+        # Random weights are the same on every rank; others are read by each rank as far as it holds them.
+        read = sources.transformer is not None and ranks.world > 1 and n.sharding != "none"
+        empty = {"transformer"} if read else set()
+        teacher = load_parts(sources, empty=empty if ranks.is_main else empty | {"vae", "text_encoder"})
         config.tdm.check(teacher.schedule)
         latent_shapes(config, teacher)
         # Now, because what is damaged must not show only when the training is over.
@@ -106,6 +115,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
         prompts = prompts_of(config)
         with Checkpoints(config.run.output_dir, ranks, keep=config.run.checkpoints_total_limit) as store:
             return run(config, teacher.to(ranks.device), prompts, yardstick, store, ranks, began)
+
+
+def check_teacher(config: TrainConfig, sources: Sources) -> None:
+    """Raise ValueError for what a run wants of its teacher and cannot have."""
+    if config.tdm.cfg != 1 and not sources.knows_null_prompt:
+        raise ValueError(
+            f"--cfg {config.tdm.cfg:g}: {sources.folder} is distilled and knows no null prompt that guidance could lead"
+            " away from; --cfg 1 would do"
+        )
+    if config.run.lora_save == "adapter" and sources.transformer is None:
+        raise ValueError(
+            f"--lora_save adapter: {sources.name} has no weights on disk to keep beside the adapter; merged would do"
+        )
 
 
 def latent_shapes(config: TrainConfig, teacher: Pipeline) -> list[tuple[int, ...]]:
@@ -131,7 +153,7 @@ def run(
     shapes = latent_shapes(config, teacher)
     found = checkpoint_to_resume(config, store)
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None)
-    mine = store.on_main(lambda: identity(config, cache))
+    mine = store.on_main(lambda: identity(config, cache, teacher.sources))
     if found is not None:
         refuse_another_runs(found, mine, () if config.run.resume_from_checkpoint == "latest" else TUNED_FLAGS)
     expected = store.on_main(lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, ranks))
@@ -139,7 +161,7 @@ def run(
     if ranks.is_main:
         print(f"memory: {expected}", file=sys.stderr)
     empty = any(parameter.is_meta for parameter in teacher.denoiser.parameters())
-    state = make_state(teacher.denoiser, config, ranks, config.model.model / "transformer" if empty else None)
+    state = make_state(teacher.denoiser, config, ranks, teacher.sources.transformer if empty else None)
     if found is not None:
         resume(state, found, store)
     compile_now(state, cache, config, shapes)
@@ -164,14 +186,14 @@ def run(
     nodes = {k: dataclasses.replace(config.tdm, num_steps=k).check() for k in config.tdm.unify or ()}
     state.networks.save(
         output / "student",
-        config.model.model,
+        teacher.sources,
         nodes or list(student.timesteps),
         weights=found_student.weights,
         lora_save=config.run.lora_save,
         base=found_student.base,
     )
     if empty:  # it is looked at beside the student
-        teacher = load_pipeline(config.model.model).to(ranks.device)
+        teacher = load_parts(teacher.sources).to(ranks.device)
     adopt(student, state, config, found_student)
     metrics = finish(output, teacher, student, cache, yardstick, config.run.num_eval_videos)
     metrics |= {
@@ -316,7 +338,7 @@ def prompts_of(config: TrainConfig) -> list[str]:
 
 def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str]) -> PromptCache:
     """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
-    encoder = digest(config.model.model, ("text_encoder", "tokenizer"))
+    encoder = teacher.sources.digest("text_encoder", "tokenizer")
     name = f"prompts-{fingerprint([encoder, config.model.negative_prompt, *prompts])}.safetensors"
     path = config.run.output_dir / name
     if path.exists():
@@ -328,10 +350,10 @@ def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str]) -> 
     return cache
 
 
-def identity(config: TrainConfig, cache: PromptCache) -> dict[str, Any]:
+def identity(config: TrainConfig, cache: PromptCache, sources: Sources) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to: flags, with files' contents in place of their paths."""
-    flags = {name: value for name, value in config.flat().items() if name not in FREE_FLAGS}
-    teacher = digest(config.model.model, ("transformer", "scheduler", "text_encoder", "tokenizer"))
+    flags = {name: value for name, value in config.flat().items() if name not in FREE_FLAGS | PLACES}
+    teacher = sources.digest("transformer", "scheduler", "text_encoder", "tokenizer")
     return flags | {"model": f"sha256:{teacher}", "prompts": f"sha256:{fingerprint(cache.prompts)}"}
 
 

@@ -1,0 +1,91 @@
+"""Sizes of videos and of their latents: what VAE and patches divide, and whose word on the size counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tdm_fast.models import registry
+from tdm_fast.models.sources import Sources
+from tdm_fast.notes import say_once
+
+AXES = ("t", "h", "w")
+SIZE_FLAGS = ("num_frames", "max_height", "max_width")
+
+
+class Unit(NamedTuple):
+    """How an axis of a video comes: `first + n·step` frames or pixels, `stride` of them to a latent."""
+
+    first: int
+    step: int
+    stride: int
+
+    def __str__(self) -> str:
+        return f"{self.first} + n·{self.step}" if self.first else f"multiples of {self.step}"
+
+    def fits(self, length: int) -> bool:
+        """Whether VAE and patches divide a video's length on this axis."""
+        return length >= (self.first or self.step) and (length - self.first) % self.step == 0
+
+    def nearest(self, length: int) -> list[int]:
+        """The lengths that fit next to one that does not, ascending."""
+        below = (length - self.first) // self.step * self.step + self.first
+        return [fitting for fitting in (below, below + self.step) if self.fits(fitting)] or [self.first or self.step]
+
+    def latents(self, length: int) -> int:
+        """The latents of a length that fits."""
+        return (length - self.first) // self.stride + self.first
+
+    def pixels(self, latents: int) -> int:
+        """The frames or pixels that so many latents are decoded to."""
+        return (latents - self.first) * self.stride + self.first
+
+
+def units(strides: tuple[int, int, int], patch_size: int) -> tuple[Unit, Unit, Unit]:
+    """How frames, height and width come for a causal VAE of these strides and patches of a single latent frame."""
+    time, height, width = strides
+    return Unit(1, time, time), Unit(0, height * patch_size, height), Unit(0, width * patch_size, width)
+
+
+def latent_size(sources: Sources, config: Mapping[str, Any], strides: tuple[int, int, int]) -> dict[str, int]:
+    """`sample_size_t|h|w` of a transformer with this config.
+
+    A flag's word outranks the config's, and that the word of the preset in the transformer's name. Raises ValueError,
+    with the nearest lengths that fit, for one that does not.
+    """
+    patch = config["patch_size"]
+    preset = (registry.preset(sources.name) if sources.name else None) or (None, None, None)
+    sizes: dict[str, int] = {}
+    overruled = []
+    for axis, unit, flag, asked, named in zip(AXES, units(strides, patch), SIZE_FLAGS, sources.size, preset, strict=True):
+        own = config.get(f"sample_size_{axis}")
+        if asked is not None:
+            size = _latents(unit, asked, f"--{flag} {asked}")
+        elif own is None and named is not None:
+            size = _latents(unit, named, f"--model {sources.name}: --{flag} {named} in its name")
+        else:
+            size = _checked(own, 1 if axis == "t" else patch, f"{sources.transformer or sources.name}: sample_size_{axis} is {own}")
+            if named is not None and unit.pixels(size) != named:
+                overruled.append(f"{flag} {unit.pixels(size)}, not {named}")
+        sizes[f"sample_size_{axis}"] = size
+    if overruled:
+        say_once(
+            f"{sources.transformer}: its config.json says {' and '.join(overruled)} as in {sources.name}, and is believed;"
+            f" --{' --'.join(SIZE_FLAGS)} outrank both"
+        )
+    return sizes
+
+
+def _latents(unit: Unit, length: int, what: str) -> int:
+    if not unit.fits(length):
+        raise ValueError(f"{what}: it comes as {unit}, so {' or '.join(map(str, unit.nearest(length)))} would do")
+    return unit.latents(length)
+
+
+def _checked(size: Any, patch: int, what: str) -> int:
+    """A config's own size of latents, which has to be whole patches."""
+    if not isinstance(size, int) or size < 1 or size % patch:
+        below = size // patch * patch if isinstance(size, int) else 0
+        fitting = f"{below} or {below + patch}" if below > 0 else f"{patch}"
+        raise ValueError(f"{what}; latents come in whole patches of {patch}, so {fitting} would do")
+    return size
