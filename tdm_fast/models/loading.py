@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from tdm_fast.checkpoint import read_json, whole_folder
+from tdm_fast.models.networks import check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.models.vae import WFVAEWrapper
@@ -295,44 +296,6 @@ def check_sizes(folder: Path, transformer: Any, vae: Any) -> None:
         raise ValueError(
             f"{folder}: the transformer takes latents of in_channels={transformer.in_channels} but the VAE decodes"
             f" latent_dim={vae.latent_dim}; the two folders are not of one model"
-        )
-
-
-def check_weights(folder: Path) -> None:
-    """Refuse a network's folder that lacks its config or safetensors, or whose files are cut short."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is half-written: it takes config.json and weights as *.safetensors")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or half-written ({error}); copy or make the folder again") from error
-
-
-def load_network(folder: Path, cls: Any) -> Any:
-    """`cls.from_pretrained`, safetensors only. Raises ValueError for weights that are not all of this class."""
-    keywords = {} if cls is T5EncoderModel else {"low_cpu_mem_usage": False}
-    try:
-        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **keywords)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder}: its weights and config.json are not of one {cls.__name__}: {error}") from error
-    for keys, says in (("missing_keys", "are missing"), ("unexpected_keys", "are too many")):
-        if names := sorted(info[keys]):
-            raise ValueError(f"{folder}: {len(names)} weights of {cls.__name__} {says}, {names[0]} first")
-    return model
-
-
-def empty_network(folder: Path, cls: Any) -> Any:
-    """A network of a folder's config whose parameters are on the meta device; what it computes for itself is there."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return (
-            cls(cls.config_class.from_pretrained(folder))
-            if cls is T5EncoderModel
-            else cls.from_config(cls.load_config(folder))
         )
 
 
