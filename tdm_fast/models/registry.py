@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tdm_fast.models.networks import load_network
+from tdm_fast.models.networks import empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.vae import CausalVAEWrapper, VAEWrapper, WFVAEWrapper
 
@@ -175,15 +175,17 @@ def find_folder(
     raise ValueError(f"{folder} holds no {' or '.join(names)}. Tried " + "; ".join(tried))
 
 
-def load_vae(name: str | None, folder: Path | str) -> VAEWrapper:
+def load_vae(name: str | None, folder: Path | str, *, empty: bool = False) -> VAEWrapper:
     """The VAE of a folder (or of `vae/` in it) with its scale, frozen and in evaluation mode, on the CPU.
 
     Raises ValueError for an unknown name, a folder without a VAE's config and weights, one whose class, strides or
-    channels are not those of `name` (the message has the names that fit), and weights that are not all of it.
+    channels are not those of `name` (the message has the names that fit), and weights that are not all of it. With
+    `empty` it is on the meta device and its weights are not read.
     """
     place = check_vae(name, Path(folder))
     wrapper: Any = _wrapper_of(place)
-    return wrapper(load_network(place, wrapper.model_class)).requires_grad_(False).eval()
+    load = empty_network if empty else load_network
+    return wrapper(load(place, wrapper.model_class)).requires_grad_(False).eval()
 
 
 def check_vae(name: str | None, folder: Path) -> Path:
