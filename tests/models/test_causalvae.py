@@ -1,12 +1,10 @@
 """CausalVAE: golden values of the public model, keys, strides, tiling, checkpoints of its trainer, bad input.
 
-data/causalvae_golden.safetensors holds what the public code computed for CASES; make_causalvae_golden.py regenerates it.
+data/causalvae_golden.safetensors holds what the public code computed; make_causalvae_golden.py regenerates it.
 Weights and inputs follow a formula, so that only outputs are stored.
 """
 
-import json
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tdm_fast.models.causalvae import CausalVAEModel
-from tdm_fast.models.tiling import run_in_tiles, spans
-from tdm_fast.models.vae import CausalVAEWrapper
 
 GOLDEN_FILE = Path(__file__).parent / "data" / "causalvae_golden.safetensors"
 # The layers of two published generations, narrow, and two more configs with what these do not have.
