@@ -2,7 +2,7 @@
 
     python tests/models/make_causalvae_golden.py PATH_OF_AN_OPEN_SORA_PLAN_CHECKOUT
 
-Needs torch, diffusers and einops. Of the checkout only the VAE's modules are imported, not its packages' __init__ files.
+Needs torch, diffusers and einops. Only the VAE's modules of the checkout are imported, no __init__ files.
 Computed in float64, kept in float32.
 """
 
