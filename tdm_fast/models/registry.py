@@ -55,10 +55,15 @@ class _Names(dict[str, V]):
     def __missing__(self, name: str) -> V:
         if name not in self:
             raise KeyError(name)
-        return self[_SIZE_AT_END.sub("", name)]
+        return self[base_name(name)]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and super().__contains__(_SIZE_AT_END.sub("", name))
+        return isinstance(name, str) and super().__contains__(base_name(name))
+
+
+def base_name(name: str) -> str:
+    """A transformer's name without the size at its end."""
+    return _SIZE_AT_END.sub("", name)
 
 
 def open_sora_2b(**config: Any) -> OpenSoraT2V_v1_3:
