@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ if __name__ == "__main__":  # before anything large is imported, so that Ctrl-C 
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +33,7 @@ from tdm_fast.checkpoint import (
     write_atomically,
 )
 from tdm_fast.config import TrainConfig
+from tdm_fast.encoders import Encoder, find_encoder
 from tdm_fast.evaluate import Yardstick, load_yardstick
 from tdm_fast.guards import name_samples
 from tdm_fast.host import keep_memory
@@ -53,13 +52,16 @@ from tdm_fast.metering import (
 )
 from tdm_fast.models.loading import Pipeline, digest, load_pipeline
 from tdm_fast.preemption import Preempted, Preemption
+from tdm_fast.prompt_store import fill
+from tdm_fast.prompt_store import identity as identity_of
+from tdm_fast.prompts import read_prompts
 from tdm_fast.ranks import Ranks, check_batch, joined
 from tdm_fast.report import finish
 from tdm_fast.sample import generate
 from tdm_fast.sharding import Collected, collect
 from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_cannot_fit, with_batch_size
 from tdm_fast.step import Batch, State, compile_now, make_batch, make_state, resolve_device, update, uses_bf16
-from tdm_fast.text import PromptCache, fingerprint, read_prompts
+from tdm_fast.text import PromptCache, fingerprint
 from tdm_fast.video import to_uint8, write_video
 
 VALIDATION_SEED = 2001
@@ -315,17 +317,15 @@ def prompts_of(config: TrainConfig) -> list[str]:
 
 
 def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str]) -> PromptCache:
-    """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
-    encoder = digest(config.model.model, ("text_encoder", "tokenizer"))
-    name = f"prompts-{fingerprint([encoder, config.model.negative_prompt, *prompts])}.safetensors"
-    path = config.run.output_dir / name
-    if path.exists():
-        with suppress(SafetensorError):  # a damaged cache is made again
-            return PromptCache.load(path)
-    negative = config.model.negative_prompt
-    cache = PromptCache.encode(prompts, teacher.tokenizer, teacher.text_encoder, negative_prompt=negative)
-    cache.save(path)
-    return cache
+    """The prompts' embeddings, from the run's folder as far as they are there, else encoded and saved there."""
+    encoders = identity_of([find_encoder(config.model.model, flag="--model", kind="t5")])
+    return fill(
+        config.run.output_dir / f"prompts-{encoders}",
+        prompts,
+        encoders,
+        lambda: [Encoder.of(teacher.tokenizer, teacher.text_encoder)],
+        negative_prompt=config.model.negative_prompt,
+    )
 
 
 def identity(config: TrainConfig, cache: PromptCache) -> dict[str, Any]:
