@@ -27,7 +27,9 @@ from tdm_fast.models.loading import (
     load_network,
     load_pipeline,
 )
-from tdm_fast.sample import best_guidance, check_guidance, choose_timesteps, generate, trailing_timesteps
+from tdm_fast.pipeline import choose_timesteps
+from tdm_fast.sample import best_guidance, check_guidance, generate
+from tdm_fast.samplers import trailing_timesteps
 from tdm_fast.text import PromptCache
 
 NUM_VIDEOS = 4 * tiny_shapes.NUM_PROMPTS

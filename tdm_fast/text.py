@@ -34,15 +34,17 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any, *, batch_size: int = 64) -> list[Tensor]:
-    """Encode prompts to a list of float32 `[L, D]` on the CPU, without padding; what exceeds 512 tokens is cut off."""
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: Any, encoder: Any, *, batch_size: int = 64, max_length: int = MAX_LENGTH
+) -> list[Tensor]:
+    """Encode prompts to float32 `[L, D]` on the CPU, without padding; what exceeds `max_length` tokens is cut off."""
     rows: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
         tokens = tokenizer(
             list(prompts[start : start + batch_size]),
             padding=True,
             truncation=True,
-            max_length=MAX_LENGTH,
+            max_length=max_length,
             return_tensors="pt",
         )
         lengths = tokens.attention_mask.sum(1).tolist()

@@ -45,6 +45,8 @@ class Pipeline:
     vae: WFVAEWrapper
     tokenizer: Any
     text_encoder: nn.Module
+    scheduler: Any
+    """Of diffusers; the denoiser's schedule is its noise levels."""
     timesteps: tuple[int, ...] | None
     """The nodes of a few-step student's trajectory, descending; None for a teacher."""
     trajectories: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -151,6 +153,7 @@ def load_pipeline(folder: Path, *, empty: Collection[str] = ()) -> Pipeline:
         vae=WFVAEWrapper(parts["vae"].requires_grad_(False).eval()),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=parts["text_encoder"].requires_grad_(False).eval(),
+        scheduler=scheduler,
         timesteps=own.timesteps,
         trajectories=own.trajectories,
         biases=_load_biases(folder, own.trajectories, denoiser.time_embedding()) if own.trajectories else {},

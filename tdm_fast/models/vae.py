@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_fast.models.wfvae import WFVAEModel
+from tdm_fast.models.wfvae import SPATIAL_STRIDE, WFVAEModel
 
 
 class WFVAEWrapper(nn.Module):
@@ -39,6 +39,11 @@ class WFVAEWrapper(nn.Module):
     def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> WFVAEWrapper:
         """The wrapper of the VAE in a diffusers folder; `kwargs` (`subfolder`, `torch_dtype`) go to the VAE."""
         return cls(WFVAEModel.from_pretrained(path, **kwargs))
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels per latent."""
+        return (self.vae.temporal_stride, SPATIAL_STRIDE, SPATIAL_STRIDE)
 
     @property
     def dtype(self) -> torch.dtype:
