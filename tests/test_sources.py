@@ -140,11 +140,11 @@ def test_whose_word_on_the_size_counts(parts: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"num_frames": 92}, r"--num_frames 92: it comes as 1 \+ n·4, so 89 or 93 would do"),
-        ({"num_frames": 0}, r"--num_frames 0: .* so 1 would do"),
-        ({"max_height": 650}, "--max_height 650: it comes as multiples of 16, so 640 or 656 would do"),
-        ({"max_width": 8}, "--max_width 8: it comes as multiples of 16, so 16 would do"),
-        ({"max_width": -16}, "--max_width -16: .* so 16 would do"),
+        ({"num_frames": 92}, r"--num_frames is 92; it comes as 1 \+ n·4, so 89 or 93 would do"),
+        ({"num_frames": 0}, r"--num_frames is 0; .* so 1 would do"),
+        ({"max_height": 650}, "--max_height is 650; it comes as multiples of 16, so 640 or 656 would do"),
+        ({"max_width": 8}, "--max_width is 8; it comes as multiples of 16, so 16 would do"),
+        ({"max_width": -16}, "--max_width is -16; .* so 16 would do"),
     ],
 )
 def test_sizes_that_do_not_divide(parts: Path, flags: dict[str, int], says: str) -> None:
@@ -157,7 +157,7 @@ def test_a_presets_size_has_to_divide_too(parts: Path, tmp_path: Path) -> None:
     edit_json(transformer / "config.json", sample_size_h=None)
     found = sources(parts, model="OpenSoraT2V_v1_3_93x650x640", model_path=transformer, **UNSIZED)
     with pytest.raises(
-        ValueError, match=r"--model OpenSoraT2V_v1_3_93x650x640: max_height 650: .* 640 or 656 would do"
+        ValueError, match=r"--model OpenSoraT2V_v1_3_93x650x640: max_height is 650; .* 640 or 656 would do"
     ):
         load_parts(found)
 
@@ -172,7 +172,7 @@ def test_units(strides: tuple[int, int, int]) -> None:
         assert height.fits(length) == ((length / strides[1]) % 2 == 0)
         for unit in (time, height):
             if unit.fits(length):
-                assert unit.pixels(unit.latents(length)) == length
+                assert unit.pixels(unit.latents(length, str(length))) == length
             else:
                 below, above = range(1, length), range(length, 300)
                 assert unit.nearest(length) == [*filter(unit.fits, below)][-1:] + [*filter(unit.fits, above)][:1]

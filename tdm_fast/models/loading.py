@@ -101,7 +101,7 @@ class Pipeline:
                 f"--video_sizes {size}: frames come as {axes[0]}, height and width as {axes[1]} and {axes[2]}; the"
                 f" nearest that fits is {'x'.join(map(str, fitting))}"
             )
-        return (config.in_channels, *(unit.latents(length) for unit, length in zip(axes, lengths, strict=True)))
+        return (config.in_channels, *(unit.latents(length, size) for unit, length in zip(axes, lengths, strict=True)))
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
@@ -187,6 +187,7 @@ def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
         )
     check_encoders(sources, config.get("caption_channels"))
     size = latent_size(sources, config, vae.strides)
+    transformer: Any
     if sources.upstream:
         transformer = upstream.load_transformer(sources.transformer, sources.name or OpenSoraT2V_v1_3.__name__)
     else:
