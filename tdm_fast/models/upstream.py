@@ -59,12 +59,13 @@ def registries() -> Registries:
     return Registries(*tables)
 
 
-def build(name: str, **config: Any) -> nn.Module:
-    """The package's transformer of random weights, by name, with or without a size at the name's end.
+def build(name: str, *, ae: str = registry.DEFAULT_AE, **config: Any) -> nn.Module:
+    """The package's transformer of random weights, configured as `registry.build` configures ours.
 
-    Raises ValueError for a package that does not import and a name that it does not know.
+    Raises ValueError as `registry.build` does, for a package that does not import, and a name that it does not know.
     """
-    return runnable(_entry(registries().Diffusion_models, registry.base_name(name))(**config))
+    cls = _entry(registries().Diffusion_models_class, registry.base_name(name))
+    return runnable(cls(**registry.configuration(name, ae=ae, **config)))
 
 
 def load_transformer(folder: Path, name: str = "OpenSoraT2V_v1_3") -> nn.Module:
