@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tdm_fast.models.denoiser import Conditioning
 from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
-from tdm_fast.models.vae import WFVAEWrapper
+from tdm_fast.models.sizes import units
+from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.philox import randn, random_integers
 from tdm_fast.samplers import FewStepSampler, denoise, trailing_timesteps
 from tdm_fast.schedule import Schedule
@@ -67,7 +68,7 @@ class OpenSoraPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: nn.Module,
-        vae: WFVAEWrapper,
+        vae: VAEWrapper,
         scheduler: Any,
         text_encoder: nn.Module | None,
         tokenizer: Any,
@@ -110,7 +111,7 @@ class OpenSoraPipeline(DiffusionPipeline):
             return
         nodes = self.student.trajectories or self.student.timesteps
         assert nodes is not None
-        save_student(Path(folder), self.transformer, self.student.folder, nodes, biases=self.student.biases or None)
+        save_student(Path(folder), self.transformer, self.student.sources, nodes, biases=self.student.biases or None)
 
     def enable_vae_tiling(self) -> None:
         """Decode in pieces of time from now on: memory no longer grows with a video's length."""
@@ -261,12 +262,11 @@ class OpenSoraPipeline(DiffusionPipeline):
         config = self.transformer.config
         own = (config.sample_size_t, config.sample_size_h, config.sample_size_w)
         shape = [config.in_channels, *(own if latents is None else latents.shape[2:])]
-        time, *space = self.vae_wrapper.strides
-        if num_frames is not None:
-            shape[1] = _latents("num_frames", num_frames, 1, time, time)
-        for axis, (name, length, stride) in enumerate(zip(("height", "width"), (height, width), space, strict=True)):
+        lengths = {"num_frames": num_frames, "height": height, "width": width}
+        axes = zip(lengths.items(), units(self.vae_wrapper.strides, config.patch_size), strict=True)
+        for axis, ((name, length), unit) in enumerate(axes, start=1):
             if length is not None:
-                shape[2 + axis] = _latents(name, length, 0, stride, stride * config.patch_size)
+                shape[axis] = unit.latents(length, f"{name} is {length}")
         return tuple(shape)
 
     def sampler(self, num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None) -> Any:
@@ -322,13 +322,3 @@ def step_generators(seed: int, batch_size: int, sample_offset: int = 0) -> list[
 def _repeated(conditioning: Conditioning, times: int) -> Conditioning:
     """Every sample `times` times in a row."""
     return conditioning[torch.arange(len(conditioning)).repeat_interleave(times)]
-
-
-def _latents(name: str, length: int, first: int, stride: int, step: int) -> int:
-    """Latents of `length` frames or pixels, which come as `first` + n·`step`, `stride` to a latent."""
-    below = (length - first) // step * step + first
-    if length == below >= (first or step):
-        return (length - first) // stride + first
-    fitting = [str(size) for size in (below, below + step) if size >= (first or step)] or [str(first or step)]
-    kind = f"{first} + n·{step}" if first else f"multiples of {step}"
-    raise ValueError(f"{name} is {length}; it comes as {kind}, so {' or '.join(fitting)} would do")

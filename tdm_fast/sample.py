@@ -16,9 +16,10 @@ from tdm_fast.config import BUNDLED_TEACHER
 from tdm_fast.models.loading import Pipeline, load_metrics, load_pipeline
 from tdm_fast.philox import randn
 from tdm_fast.pipeline import OpenSoraPipeline, choose_timesteps, step_generators, upstream_pipeline
+from tdm_fast.prompts import read_prompts
 from tdm_fast.samplers import FEW_STEP, make_scheduler
 from tdm_fast.step import resolve_device
-from tdm_fast.text import PromptCache, read_prompts
+from tdm_fast.text import PromptCache
 from tdm_fast.video import SUFFIXES, captioned, enlarge, grid, to_uint8, write_video
 
 
