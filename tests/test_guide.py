@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -21,7 +22,9 @@ from rank_runs import free_port
 from tdm_fast import cli
 from tdm_fast.config import parse_train
 from tdm_fast.models.loading import load_parts, load_pipeline, save_student
+from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.sources import Sources
+from tdm_fast.models.upstream import Registries
 from tdm_fast.prompt_store import fill
 from tdm_fast.prompt_store import identity as identity_of
 from tdm_fast.sample import generate
@@ -114,6 +117,47 @@ def test_prompts_that_were_encoded_before(parts: Path, tmp_path: Path, monkeypat
     flags = guide_flags(parts, prompt_cache=tmp_path / "cache", output_dir=output)
     assert cli.main(["train", *flags, *ONE_ITERATION]) == 0
     assert not list(output.glob("prompts-*"))
+
+
+UPSTREAM = """
+from tdm_fast.models import OpenSoraT2V_v1_3 as Native
+
+class OpenSoraT2V_v1_3(Native):
+    calls = 0
+
+    def forward(self, *args, attention_mask, encoder_attention_mask, **kwargs):
+        assert attention_mask.all() and encoder_attention_mask.ndim == 3  # the original takes no None
+        OpenSoraT2V_v1_3.calls += 1
+        return super().forward(*args, encoder_attention_mask=encoder_attention_mask, **kwargs)
+
+Diffusion_models_class = Diffusion_models = {"OpenSoraT2V_v1_3": OpenSoraT2V_v1_3}
+"""
+
+
+def test_the_packages_own_transformer_trains_the_same(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the pictures that a run makes of its student; and what it leaves is read without the package."""
+    for name, content in {"diffusion": UPSTREAM, "causalvideovae": ""}.items():
+        folder = tmp_path / "site" / "opensora" / "models" / name
+        folder.mkdir(parents=True)
+        tables = "".join(f"{table} = {{}}\n" for table in Registries._fields if name != "diffusion" and "ae" in table)
+        (folder / "__init__.py").write_text(content + tables)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    flags = guide_flags(parts, prompts=parts / "prompts.txt")
+    rows = []
+    for source in ("native", "upstream"):
+        output = tmp_path / source
+        assert (
+            cli.main(["train", *flags, *ONE_ITERATION, "--opensora_source", source, "--output_dir", str(output)]) == 0
+        )
+        rows.append(json.loads((output / "metrics.jsonl").read_text()))
+    assert importlib.import_module("opensora.models.diffusion").OpenSoraT2V_v1_3.calls > 8
+    for name in ("loss_fake", "loss_student"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-5)
+    for name in [name for name in sys.modules if name.split(".")[0] == "opensora"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert type(load_pipeline(tmp_path / "upstream" / "student").denoiser.model) is OpenSoraT2V_v1_3
 
 
 def distilled(parts: Path, folder: Path) -> dict[str, object]:

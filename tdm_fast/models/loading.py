@@ -19,7 +19,7 @@ from tdm_fast.models import registry, upstream
 from tdm_fast.models.networks import check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
-from tdm_fast.models.sizes import latent_size, units
+from tdm_fast.models.sizes import AXES, latent_size, units
 from tdm_fast.models.sources import SAMPLER_FILE, Sources
 from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.notes import say_once
@@ -64,6 +64,14 @@ class Pipeline:
         """`(C, T, H, W)` of the latents that the transformer's config names as its own size."""
         config: Any = self.denoiser.model.config
         return (config.in_channels, config.sample_size_t, config.sample_size_h, config.sample_size_w)
+
+    @property
+    def has_own_size(self) -> bool:
+        """Whether that size is what the config.json on the disk says, and not a flag or the transformer's name."""
+        if self.sources.transformer is None:
+            return False
+        config = read_json(self.sources.transformer / "config.json")
+        return self.latent_shape[1:] == tuple(config.get(f"sample_size_{axis}") for axis in AXES)
 
     @property
     def device(self) -> torch.device:
