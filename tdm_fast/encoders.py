@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -165,7 +166,7 @@ class EncoderFiles:
                 model, info = cls.from_pretrained(
                     self.model, use_safetensors=safe, output_loading_info=True, dtype=dtype
                 )
-        except (RuntimeError, TypeError, OSError) as error:
+        except (RuntimeError, TypeError, OSError, UnpicklingError) as error:  # code in a .bin is never run
             raise ValueError(
                 f"{self.flag} {self.name}: the weights and config.json in {self.model} are not of one {cls.__name__}:"
                 f" {first_line(error)}"
