@@ -28,11 +28,39 @@ class ModelConfig:
     """What is distilled."""
 
     model: Path = BUNDLED_TEACHER
-    """The teacher's folder; the bundled tiny-shapes teacher if none is named."""
+    """The teacher: a pipeline's or a transformer's folder, or a name of Open-Sora Plan's registry, whose size is
+    part of it (OpenSoraT2V_v1_3_93x640x640); the bundled tiny-shapes teacher if none is named."""
+    model_path: Path | None = None
+    """Folder of the transformer's weights where `--model` is a name."""
+    ae: str | None = None
+    """The VAE's name, such as WFVAEModel_D8_4x8x8, which `--ae_path` has to hold."""
+    ae_path: Path | None = None
+    """The VAE's folder; the teacher's own if not given."""
+    text_encoder_name_1: str | None = None
+    """T5, mT5 or UMT5: a hub name, or a folder with model and tokenizer; the teacher's own if not given."""
+    text_encoder_name_2: str | None = None
+    """A second encoder (CLIP), for a transformer that takes two."""
+    num_frames: int | None = None
+    """Frames of the videos to train on; what the transformer's config says if not given, else what its name says."""
+    max_height: int | None = None
+    """Their height in pixels, likewise."""
+    max_width: int | None = None
+    """Their width in pixels, likewise."""
+    opensora_source: Literal["native", "upstream"] = "native"
+    """Whose code the transformer runs: this project's, or that of the package `opensora`, which has to be installed."""
     prompts: Path | None = None
-    """UTF-8 text file, one prompt a line; the 144 prompts of tiny-shapes if none is named."""
+    """One prompt a line (.txt), or .csv, .jsonl, .parquet, or the name of a data set on the hub; the 144 prompts of
+    tiny-shapes if none is named."""
+    prompt_cache: Path | None = None
+    """Folder of prompts that `tdm-fast encode` has encoded; without it they are encoded into the run's folder."""
     negative_prompt: str = ""
     """What the teacher's guidance leads away from."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the transformer's weights are: a folder named `model`, else `model_path`; None if neither is there."""
+        unnamed = self.model == BUNDLED_TEACHER and self.model_path is not None
+        return self.model if self.model.is_dir() and not unnamed else self.model_path
 
 
 @dataclass(kw_only=True)
@@ -231,13 +259,17 @@ def parse_train(arguments: Sequence[str], *, prog: str = "tdm-fast train") -> Tr
     early = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--model", type=Path)
+    early.add_argument("--model_path", "--model-path", type=Path)
     named, others = early.parse_known_args(arguments)
     if named.config and not named.config.is_file():
         raise ValueError(f"--config {named.config}: no such file; it takes a YAML file with flags' names as keys")
     chosen = _read_yaml(named.config) if named.config else {}
-    model = Path(named.model or chosen.get("model") or BUNDLED_TEACHER)
-    defaults = _read_yaml(model / DEFAULTS_FILE) if (model / DEFAULTS_FILE).is_file() else {}
-    given = [*_yaml_arguments(defaults | chosen), *others, "--model", str(model)]
+    wished = {name: getattr(named, name) or chosen.get(name) for name in ("model", "model_path")}
+    places: dict[str, Any] = {name: Path(place) for name, place in wished.items() if place}
+    folder = ModelConfig(**places).folder
+    defaults = _read_yaml(folder / DEFAULTS_FILE) if folder and (folder / DEFAULTS_FILE).is_file() else {}
+    given = [*_yaml_arguments(defaults | chosen), *others]
+    given += [word for name, place in places.items() for word in (f"--{name}", str(place))]
     config = parse(TrainConfig, given, prog=prog)
     config.check()
     return config

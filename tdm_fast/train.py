@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ if __name__ == "__main__":  # before anything large is imported, so that Ctrl-C 
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from tdm_fast import tiny_shapes
 from tdm_fast.checkpoint import Checkpoint, Checkpoints
 from tdm_fast.config import TrainConfig
+from tdm_fast.encoders import Encoder
 from tdm_fast.evaluate import Yardstick, load_yardstick
 from tdm_fast.files import SaveError, checkpoints, latest_checkpoint, truncate_log, write_atomically
 from tdm_fast.guards import name_samples
@@ -44,15 +43,20 @@ from tdm_fast.metering import (
     report,
     speed,
 )
-from tdm_fast.models.loading import Pipeline, digest, load_pipeline
+from tdm_fast.models import upstream
+from tdm_fast.models.loading import Pipeline, load_parts
+from tdm_fast.models.sources import Sources
 from tdm_fast.preemption import Preempted, Preemption
+from tdm_fast.prompt_store import cached_prompts, fill
+from tdm_fast.prompt_store import identity as identity_of
+from tdm_fast.prompts import read_prompts
 from tdm_fast.ranks import Ranks, check_batch, joined
 from tdm_fast.report import finish
 from tdm_fast.sample import generate
 from tdm_fast.sharding import Collected, collect
 from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_cannot_fit, with_batch_size
 from tdm_fast.step import Batch, State, compile_now, make_batch, make_state, resolve_device, update, uses_bf16
-from tdm_fast.text import PromptCache, fingerprint, read_prompts
+from tdm_fast.text import PromptCache, fingerprint
 from tdm_fast.video import to_uint8, write_video
 
 VALIDATION_SEED = 2001
@@ -62,6 +66,11 @@ FREE_FLAGS = {
     "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
     "num_eval_videos", "logging_steps", "max_skipped_steps", "report_to", "profile", "lora_save", "sharding",
     "shard_size", "context_parallel", "reshard_after_forward", "gradient_accumulation_steps",
+}  # fmt: skip
+# Flags that say where the teacher's parts are and what size it is; what counts is what comes of them.
+PLACES = {
+    "model_path", "ae", "ae_path", "text_encoder_name_1", "text_encoder_name_2", "num_frames", "max_height",
+    "max_width", "opensora_source", "prompt_cache",
 }  # fmt: skip
 # Flags that it may change when it names the checkpoint to go on from: what helps one that diverged.
 TUNED_FLAGS = ("learning_rate", "student_learning_rate", "max_grad_norm")
@@ -85,23 +94,40 @@ def train(config: TrainConfig) -> dict[str, Any]:
             " with A among them"
         )
     n, o = config.networks, config.optimiser
+    sources = Sources.of_flags(config.model)
+    check_teacher(config, sources)
     with joined(device, n.sharding, n.shard_size, n.context_parallel) as ranks:
         if o.train_batch_size != "auto":
             check_batch(o.train_batch_size, o.gradient_accumulation_steps, ranks.data_ranks)
-        empty = {"transformer"} if ranks.world > 1 and n.sharding != "none" else set()
-        teacher = load_pipeline(config.model.model, empty=empty if ranks.is_main else empty | {"vae", "text_encoder"})
-        if config.run.lora_save == "adapter" and (teacher.weights.products or teacher.weights.replaced):
+        prompts = prompts_of(config)
+        # Weights from files are read by each rank as far as it holds them; others are the same on every rank.
+        in_shards = ranks.world > 1 and n.sharding != "none" and sources.has_weights and not sources.upstream
+        empty = {"text_encoder"} | ({"transformer"} if in_shards else set())
+        teacher = load_parts(sources, empty=empty if ranks.is_main else empty | {"vae"})
+        if config.run.lora_save == "adapter" and teacher.weights and teacher.weights.changed:
             raise ValueError(
-                f"--lora_save adapter: {config.model.model} has an adapter or biases of its own beside its transformer,"
+                f"--lora_save adapter: {sources.folder} has an adapter or biases of its own beside its transformer,"
                 " which another adapter would take the place of; merged would do"
             )
         config.tdm.check(teacher.schedule)
         latent_shapes(config, teacher)
         # Now, because what is damaged must not show only when the training is over.
         yardstick = load_yardstick(teacher) if config.run.num_eval_videos and ranks.is_main else None
-        prompts = prompts_of(config)
         with Checkpoints(config.run.output_dir, ranks, keep=config.run.checkpoints_total_limit) as store:
             return run(config, teacher.to(ranks.device), prompts, yardstick, store, ranks, began)
+
+
+def check_teacher(config: TrainConfig, sources: Sources) -> None:
+    """Raise ValueError for what a run wants of its teacher and cannot have."""
+    if config.tdm.cfg != 1 and not sources.knows_null_prompt:
+        raise ValueError(
+            f"--cfg {config.tdm.cfg:g}: {sources.folder} is distilled and knows no null prompt that guidance could lead"
+            " away from; --cfg 1 would do"
+        )
+    if config.run.lora_save == "adapter" and not sources.has_weights:
+        raise ValueError(
+            f"--lora_save adapter: {sources.name} has no weights on disk to keep beside the adapter; merged would do"
+        )
 
 
 def latent_shapes(config: TrainConfig, teacher: Pipeline) -> list[tuple[int, ...]]:
@@ -120,14 +146,11 @@ def run(
 ) -> dict[str, Any]:
     """What `train` does in the run's folder, when everything that it is given has been found to work."""
     output = config.run.output_dir
-    if ranks.is_main:
-        prompt_cache(config, teacher, prompts)
-    ranks.barrier()
-    cache = prompt_cache(config, teacher, prompts)
+    cache = prompt_cache(config, teacher, prompts, ranks)
     shapes = latent_shapes(config, teacher)
     found = checkpoint_to_resume(config, store)
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None, ranks)
-    mine = store.on_main(lambda: identity(config, cache))
+    mine = store.on_main(lambda: identity(config, cache, teacher))
     if found is not None:
         refuse_another_runs(found, mine, () if config.run.resume_from_checkpoint == "latest" else TUNED_FLAGS)
     expected = store.on_main(lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, ranks))
@@ -160,15 +183,18 @@ def run(
     nodes = {k: dataclasses.replace(config.tdm, num_steps=k).check() for k in config.tdm.unify or ()}
     state.networks.save(
         output / "student",
-        config.model.model,
+        teacher.sources,
         nodes or list(student.timesteps),
         weights=found_student.weights,
         lora_save=config.run.lora_save,
         base=found_student.base,
     )
     if empty:  # it is looked at beside the student
-        teacher = load_pipeline(config.model.model).to(ranks.device)
+        teacher = load_parts(teacher.sources, empty={"text_encoder"}).to(ranks.device)
     adopt(student, state, config, found_student)
+    if yardstick is not None:  # whose prompts are tiny-shapes', whatever the run's are
+        teacher.load_text_encoder()
+        student.tokenizer, student.text_encoder = teacher.tokenizer, teacher.text_encoder
     metrics = finish(output, teacher, student, cache, yardstick, config.run.num_eval_videos)
     metrics |= {
         "iterations": state.iteration,
@@ -183,7 +209,8 @@ def adopt(student: Pipeline, state: State, config: TrainConfig, found: Collected
     """Have `student` sample with what the run has made of its network so far."""
     k = config.tdm.num_steps if config.tdm.unify else None
     network = state.networks.student_network(found.weights, num_steps=k, base=found.base)
-    student.denoiser.model = network.to(state.device)
+    student.denoiser.model = upstream.runnable(network) if student.sources.upstream else network
+    student.denoiser.model.to(state.device)
 
 
 class Watch:
@@ -306,29 +333,52 @@ def loop(
 
 def prompts_of(config: TrainConfig) -> list[str]:
     """The prompts that a run draws from."""
-    file = config.model.prompts
-    return read_prompts(file) if file else tiny_shapes.all_prompts()
+    file, cache = config.model.prompts, config.model.prompt_cache
+    if file is not None:
+        return read_prompts(file)
+    return tiny_shapes.all_prompts() if cache is None else cached_prompts(cache)
 
 
-def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str]) -> PromptCache:
-    """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
-    encoder = digest(config.model.model, ("text_encoder", "tokenizer"))
-    name = f"prompts-{fingerprint([encoder, config.model.negative_prompt, *prompts])}.safetensors"
-    path = config.run.output_dir / name
-    if path.exists():
-        with suppress(SafetensorError):  # a damaged cache is made again
-            return PromptCache.load(path)
-    negative = config.model.negative_prompt
-    cache = PromptCache.encode(prompts, teacher.tokenizer, teacher.text_encoder, negative_prompt=negative)
-    cache.save(path)
+def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str], ranks: Ranks | None = None) -> PromptCache:
+    """The prompts' embeddings, from `--prompt_cache` or the run's folder as far as they are there.
+
+    What is missing is encoded by all ranks, and added there; the text encoders are in memory no longer than that.
+    Raises ValueError where guidance has no null prompt to lead away from.
+    """
+    ranks, files = ranks or Ranks(), teacher.encoders
+    encoders = ranks.from_main(lambda: identity_of(files))
+
+    def load() -> list[Encoder]:
+        loaded = [each.load(torch.bfloat16 if ranks.device.type == "cuda" else torch.float32) for each in files]
+        for encoder in loaded:
+            encoder.model.to(ranks.device)
+        return loaded
+
+    cache = fill(
+        config.model.prompt_cache or config.run.output_dir / f"prompts-{encoders}",
+        prompts,
+        encoders,
+        load,
+        negative_prompt=config.model.negative_prompt,
+        ranks=ranks,
+    )
+    if config.tdm.cfg != 1 and len(cache.negative) == 0:
+        raise ValueError(
+            f"--cfg {config.tdm.cfg:g}: {teacher.encoders[0].name} gives no state for --negative_prompt"
+            f" {config.model.negative_prompt!r}, so that guidance has nothing to lead away from; --cfg 1 would do"
+        )
     return cache
 
 
-def identity(config: TrainConfig, cache: PromptCache) -> dict[str, Any]:
+def identity(config: TrainConfig, cache: PromptCache, teacher: Pipeline) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to: flags, with files' contents in place of their paths."""
-    flags = {name: value for name, value in config.flat().items() if name not in FREE_FLAGS}
-    teacher = digest(config.model.model, ("transformer", "scheduler", "text_encoder", "tokenizer"))
-    return flags | {"model": f"sha256:{teacher}", "prompts": f"sha256:{fingerprint(cache.prompts)}"}
+    flags = {name: value for name, value in config.flat().items() if name not in FREE_FLAGS | PLACES}
+    contents = teacher.sources.digest("transformer", "scheduler", "text_encoder", "tokenizer")
+    return flags | {
+        "model": f"sha256:{contents}",
+        "prompts": f"sha256:{fingerprint(cache.prompts)}",
+        "latents": None if teacher.has_own_size else "x".join(map(str, teacher.latent_shape)),
+    }
 
 
 def checkpoint_to_resume(config: TrainConfig, store: Checkpoints) -> Checkpoint | None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tdm_fast.checkpoint import Checkpoints, make_optimizer_state, optimizer_tensors
+from tdm_fast.checkpoint import Checkpoints
 from tdm_fast.config import OptimiserConfig
+from tdm_fast.optimizer_state import make_optimizer_state, optimizer_tensors
 from tdm_fast.ranks import joined
 from tdm_fast.step import make_optimizer
 

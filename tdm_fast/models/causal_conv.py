@@ -57,7 +57,7 @@ class FrameConv2d(nn.Conv2d):
 
 
 class CausalConv3d(nn.Module):
-    """A 3-D convolution, causal in time and zero-padded by `padding` in space.
+    """A 3-D convolution, causal in time and zero-padded by `padding` in space; kernel and stride of one size or three.
 
     With a stream, the frames in front of a chunk are the last `kernel - stride` inputs of the chunk before, so chunks
     give what the whole video gives as long as each chunk's length is a multiple of the stride (the first: 1 more).
@@ -67,8 +67,8 @@ class CausalConv3d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
+        kernel_size: int | tuple[int, int, int] = 3,
+        stride: int | tuple[int, int, int] = 1,
         padding: int = 0,
         bias: bool = True,
     ) -> None:

@@ -1,39 +1,34 @@
-"""Folders in the layout of diffusers pipelines, to and from the networks of one text-to-video model."""
+"""The networks of one text-to-video model, from where its parts are, and a student's folder made of them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5EncoderModel
 
+from tdm_fast.encoders import EncoderFiles, check_width
 from tdm_fast.files import read_json, whole_folder
+from tdm_fast.models import registry, upstream
+from tdm_fast.models.networks import check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
-from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
-from tdm_fast.models.vae import WFVAEWrapper
-from tdm_fast.models.wfvae import SPATIAL_STRIDE, WFVAEModel
+from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
+from tdm_fast.models.sizes import AXES, latent_size, units
+from tdm_fast.models.sources import SAMPLER_FILE, Sources
+from tdm_fast.models.vae import VAEWrapper
+from tdm_fast.notes import say_once
 from tdm_fast.schedule import Schedule
 
-INDEX_FILE = "model_index.json"
-SAMPLER_FILE = "few_step.json"
+__all__ = ["Pipeline", "check_weights", "load_metrics", "load_network", "load_parts", "load_pipeline", "save_student"]
+
 BIASES_FILE = "num_steps.safetensors"
 METRICS_FILE = "teacher_metrics.json"
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-NETWORKS: dict[str, Any] = {
-    "transformer": OpenSoraT2V_v1_3,
-    "vae": WFVAEModel,
-    "text_encoder": T5EncoderModel,
-}
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,11 @@ class Weights:
     """Of an adapter B `[out, r]` and A `[r, in]`, by the weight `[out, in]` that their product is added to."""
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters that take the place of the files'."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything beside the files."""
+        return bool(self.products or self.replaced)
 
     def rows(self, name: str, rows: Tensor, start: int) -> Tensor:
         """What the files' `rows` of a parameter, from number `start` on, are once they are changed."""
@@ -61,19 +61,27 @@ class Weights:
 class Pipeline:
     """One model ready to sample: the denoiser with its schedule, the VAE, the text encoder and its own timesteps."""
 
-    folder: Path
+    sources: Sources
     denoiser: OpenSoraDenoiser
-    vae: WFVAEWrapper
+    vae: VAEWrapper
     tokenizer: Any
-    text_encoder: nn.Module
-    weights: Weights
-    """The denoiser's, for one that is loaded without them."""
+    """None, as the text encoder, where it has been left out."""
+    text_encoder: nn.Module | None
+    scheduler: Any
+    """Of diffusers; the denoiser's schedule is its noise levels."""
+    weights: Weights | None
+    """The denoiser's, for one that is loaded without them; None where no folder has any."""
     timesteps: tuple[int, ...] | None
     """The nodes of a few-step student's trajectory, descending; None for a teacher."""
     trajectories: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The nodes for each number of steps that a student of several was told in training; empty for others."""
     biases: dict[int, Tensor] = field(default_factory=dict)
     """What makes it the student of each of them: the bias `[d]` of its time embedding's last linear."""
+
+    @property
+    def folder(self) -> Path:
+        """What names the model, with its numbers and evaluator if it has them."""
+        return self.sources.folder
 
     @property
     def schedule(self) -> Schedule:
@@ -86,39 +94,58 @@ class Pipeline:
         return (config.in_channels, config.sample_size_t, config.sample_size_h, config.sample_size_w)
 
     @property
+    def has_own_size(self) -> bool:
+        """Whether that size is what the config.json on the disk says, and not a flag or the transformer's name."""
+        if self.sources.transformer is None:
+            return False
+        config = read_json(self.sources.transformer / "config.json")
+        return self.latent_shape[1:] == tuple(config.get(f"sample_size_{axis}") for axis in AXES)
+
+    @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
     def to(self, device: torch.device | str) -> Pipeline:
         """Move the networks to a device, but those that have no weights; returns itself."""
         for network in (self.denoiser, self.vae, self.text_encoder):
-            if not any(parameter.is_meta for parameter in network.parameters()):
+            if network is not None and not any(parameter.is_meta for parameter in network.parameters()):
                 network.to(device)
         return self
+
+    @property
+    def encoders(self) -> list[EncoderFiles]:
+        """The text encoders that the transformer takes, one or two, as files."""
+        return self.sources.encoders[: 2 if takes_two(self.denoiser.model) else 1]
+
+    def load_text_encoder(self) -> None:
+        """Load the first text encoder where it has been left out."""
+        if self.text_encoder is None:
+            loaded = self.sources.encoder.load()
+            self.tokenizer, self.text_encoder = loaded.tokenizer, loaded.model.to(self.device)
 
     def latents_of(self, size: str) -> tuple[int, ...]:
         """`(C, T, H, W)` of the latents of videos of `size`, frames x height x width such as 17x64x64.
 
         Raises ValueError, with the nearest sizes that would do, for one that VAE and patches do not divide.
         """
-        frames, height, width = (int(number) for number in size.split("x"))
         config: Any = self.denoiser.model.config
-        stride, unit = self.vae.vae.temporal_stride, SPATIAL_STRIDE * config.patch_size
-        if (frames - 1) % stride or height % unit or width % unit:
-            fitting = [max(1, round((frames - 1) / stride)) * stride + 1 if frames > 1 else 1]
-            fitting += [max(1, round(side / unit)) * unit for side in (height, width)]
+        lengths = [int(number) for number in size.split("x")]
+        axes = units(self.vae.strides, config.patch_size)
+        if not all(unit.fits(length) for unit, length in zip(axes, lengths, strict=True)):
+            fitting = (min(unit.nearest(n), key=lambda m: abs(m - n)) for unit, n in zip(axes, lengths, strict=True))
             raise ValueError(
-                f"--video_sizes {size}: frames come as 1 + n·{stride}, height and width in multiples of {unit}; the"
+                f"--video_sizes {size}: frames come as {axes[0]}, height and width as {axes[1]} and {axes[2]}; the"
                 f" nearest that fits is {'x'.join(map(str, fitting))}"
             )
-        latents = ((frames - 1) // stride + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
-        return (config.in_channels, *latents)
+        return (config.in_channels, *(unit.latents(length, size) for unit, length in zip(axes, lengths, strict=True)))
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
         """`(T, H, W)` of the videos that the VAE makes of such latents, in frames and pixels."""
-        _, frames, height, width = self.latent_shape
-        return (self.vae.vae.temporal_stride * (frames - 1) + 1, SPATIAL_STRIDE * height, SPATIAL_STRIDE * width)
+        config: Any = self.denoiser.model.config
+        axes = units(self.vae.strides, config.patch_size)
+        frames, height, width = (unit.pixels(size) for unit, size in zip(axes, self.latent_shape[1:], strict=True))
+        return frames, height, width
 
     @torch.no_grad()
     def set_num_steps(self, num_steps: int) -> None:
@@ -134,58 +161,110 @@ class Pipeline:
         self.timesteps = self.trajectories[num_steps]
 
 
-@torch.no_grad()
 def load_pipeline(folder: Path, *, empty: Collection[str] = ()) -> Pipeline:
-    """Load a teacher's or a student's folder onto the CPU, everything frozen and in evaluation mode.
+    """Load a teacher's or a student's folder; `load_parts` of its own parts."""
+    return load_parts(Sources.of_folder(folder), empty=empty)
+
+
+@torch.no_grad()
+def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
+    """Load a model onto the CPU, everything frozen and in evaluation mode.
 
     A student whose folder keeps its adapter apart gets it merged. The networks named in `empty` are made on the meta
-    device, without weights. Raises ValueError when the folder is missing, half-written or holds a model of another
-    class.
+    device, without weights; a text encoder that is named there is left out. The transformer's config says the size of
+    its latents, whoever has decided it.
+    Raises ValueError, before weights are read where configs tell, for parts that do not fit each other or the size
+    asked for.
     """
-    check_folder(folder)
-    parts = {
-        name: empty_network(folder / name, cls) if name in empty else load_network(folder / name, cls)
-        for name, cls in NETWORKS.items()
-    }
-    index = read_json(folder / INDEX_FILE)
-    scheduler_class = getattr(diffusers, index["scheduler"][1], None)
-    if scheduler_class is None:
-        raise ValueError(f"{folder}: its scheduler is a {index['scheduler'][1]}, which diffusers does not know")
-    scheduler = scheduler_class.from_pretrained(folder / "scheduler")
+    scheduler = sources.scheduler_object()
     schedule = Schedule.from_scheduler(scheduler)
-    own = _few_step(folder, schedule.num_train_timesteps)
-    transformer = parts["transformer"].requires_grad_(False).eval()
-    products = {} if own.adapter is None else _adapter(transformer, folder / own.adapter)
+    own = _few_step(sources.folder, schedule.num_train_timesteps)
+    vae = registry.load_vae(None, sources.vae, empty=True)
+    transformer = _transformer(sources, vae, empty="transformer" in empty).requires_grad_(False).eval()
+    if "vae" not in empty:
+        vae = registry.load_vae(None, sources.vae)
+    products = {} if own.adapter is None else _adapter(transformer, sources.folder / own.adapter)
     if "transformer" not in empty:
         for name, (up, down) in products.items():
             transformer.get_parameter(name).add_(up @ down)
-    check_sizes(folder, transformer.config, parts["vae"].config)
-    width = parts["text_encoder"].config.d_model
-    if width != transformer.config.caption_channels:
-        raise ValueError(
-            f"{folder}: the text encoder is {width} wide but the transformer takes caption_channels="
-            f"{transformer.config.caption_channels}; the two folders are not of one model"
-        )
     denoiser = OpenSoraDenoiser(transformer, schedule)
     biases, replaced = {}, {}
     if own.trajectories:
-        biases = _load_biases(folder, own.trajectories, denoiser.time_embedding())
+        biases = _load_biases(sources.folder, own.trajectories, denoiser.time_embedding())
         names = {module: name for name, module in transformer.named_modules()}
         replaced = {f"{names[denoiser.time_embedding()]}.bias": biases[max(own.trajectories)]}
     pipeline = Pipeline(
-        folder=folder,
+        sources=sources,
         denoiser=denoiser,
-        vae=WFVAEWrapper(parts["vae"].requires_grad_(False).eval()),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=parts["text_encoder"].requires_grad_(False).eval(),
-        weights=Weights(folder / "transformer", products, replaced),
+        vae=vae,
+        tokenizer=None,
+        text_encoder=None,
+        scheduler=scheduler,
+        weights=None if sources.transformer is None else Weights(sources.transformer, products, replaced),
         timesteps=own.timesteps,
         trajectories=own.trajectories,
         biases=biases,
     )
+    if "text_encoder" not in empty:
+        pipeline.load_text_encoder()
     if own.trajectories:
         pipeline.set_num_steps(max(own.trajectories))
     return pipeline
+
+
+def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
+    """The transformer, with the size of its latents in its config.
+
+    Raises ValueError where VAE or text encoder do not fit it, and for a size that patches and VAE do not divide.
+    """
+    if sources.transformer is None:
+        return _random_transformer(sources, vae)
+    config = OpenSoraT2V_v1_3.load_config(sources.transformer)
+    if config.get("in_channels") != vae.channels:
+        raise ValueError(
+            f"{sources.transformer}: the transformer takes latents of in_channels={config.get('in_channels')} but the"
+            f" VAE in {sources.vae} decodes {vae.channels} channels; the two are not of one model"
+        )
+    check_encoders(sources, config.get("caption_channels"))
+    size = latent_size(sources, config, vae.strides)
+    transformer: Any
+    if sources.upstream:
+        transformer = upstream.load_transformer(sources.transformer, sources.name or OpenSoraT2V_v1_3.__name__)
+    else:
+        transformer = (empty_network if empty else load_network)(sources.transformer, OpenSoraT2V_v1_3)
+    transformer.register_to_config(**size)
+    return transformer
+
+
+def check_encoders(sources: Sources, caption_channels: Any) -> None:
+    """Raise ValueError where the text encoders are not those that a transformer of these `caption_channels` takes."""
+    widths = caption_channels if isinstance(caption_channels, list | tuple) else [caption_channels]
+    if len(widths) > len(sources.encoders):
+        raise ValueError(
+            f"--text_encoder_name_2 is needed: {sources.transformer} takes two text encoders, caption_channels={widths}"
+        )
+    if len(widths) < len(sources.encoders):
+        say_unused(OpenSoraT2V_v1_3.__name__)
+    for encoder, width in zip(sources.encoders, widths, strict=False):
+        check_width(encoder, width, flag=encoder.flag)
+
+
+def _random_transformer(sources: Sources, vae: VAEWrapper) -> Any:
+    """A transformer that the registry makes, and a loud word about it."""
+    assert sources.name is not None
+    channels = {"in_channels": vae.channels, "out_channels": vae.channels}
+    config: dict[str, Any] = {**channels, "caption_channels": sources.encoder.width}
+    check_encoders(sources, sources.encoder.width)
+    config |= latent_size(sources, registry.TWO_BILLION, vae.strides)
+    say_once(
+        f"--model {sources.name}: RANDOM WEIGHTS. No folder has this name and --model_path names none, so the network"
+        " is made as its name says and knows nothing. A student of it is good for a look at speed and memory only"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same on every rank, and when a run goes on
+        if sources.upstream:
+            return upstream.build(registry.base_name(sources.name), **config)
+        return registry.Diffusion_models[sources.name](**config)
 
 
 class FewStep(NamedTuple):
@@ -280,104 +359,10 @@ def load_metrics(folder: Path) -> dict[str, Any] | None:
     return metrics
 
 
-def digest(folder: Path, parts: Sequence[str]) -> str:
-    """A short digest of what some parts of a model's folder contain; the same wherever the folder lies."""
-    total = hashlib.sha256()
-    for path in sorted(path for part in parts for path in (folder / part).iterdir() if path.is_file()):
-        with open(path, "rb") as file:
-            total.update(f"{path.parent.name}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()[:16]
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse, with one message, a folder that `load_pipeline` cannot load. Reads headers only, no weights."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; a model is a folder with {INDEX_FILE} and {', '.join(PARTS)}")
-    try:
-        index = read_json(folder / INDEX_FILE)
-    except FileNotFoundError:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise ValueError(f"{folder}: no {INDEX_FILE} in it (found: {found}); it takes a pipeline's folder") from None
-    classes = {name: _class_name(index, name) for name in PARTS}
-    for name, cls in NETWORKS.items():
-        if classes[name] != cls.__name__:
-            found = f"its {name} is a {classes[name]}" if classes[name] else f"it has no {name}"
-            kind = index.get("_class_name", "model")
-            raise ValueError(f"{folder} holds a {kind}: {found}; this version takes a {cls.__name__} there")
-    missing = [name for name in PARTS if classes[name] is None or not any((folder / name).glob("*"))]
-    if missing:
-        raise ValueError(f"{folder} is half-written: {', '.join(missing)} missing; copy or make the folder again")
-    for name in NETWORKS:
-        check_weights(folder / name)
-
-
-def check_sizes(folder: Path, transformer: Any, vae: Any) -> None:
-    """Refuse latents that the transformer's patches cannot divide or the VAE cannot decode, from the two configs."""
-    patch = transformer.patch_size
-    for axis, unit in (("t", 1), ("h", patch), ("w", patch)):
-        size = transformer[f"sample_size_{axis}"]
-        if not isinstance(size, int) or size < 1 or size % unit:
-            below = size // unit * unit if isinstance(size, int) else 0
-            fitting = f"{below} or {below + unit}" if below > 0 else f"{unit}"
-            raise ValueError(
-                f"{folder / 'transformer'}: sample_size_{axis} is {size}; latents come in whole patches of {unit},"
-                f" so {fitting} would do"
-            )
-    if transformer.in_channels != vae.latent_dim:
-        raise ValueError(
-            f"{folder}: the transformer takes latents of in_channels={transformer.in_channels} but the VAE decodes"
-            f" latent_dim={vae.latent_dim}; the two folders are not of one model"
-        )
-
-
-def check_weights(folder: Path) -> None:
-    """Refuse a network's folder that lacks its config or safetensors, or whose files are cut short."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is half-written: it takes config.json and weights as *.safetensors")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or half-written ({error}); copy or make the folder again") from error
-
-
-def load_network(folder: Path, cls: Any) -> Any:
-    """`cls.from_pretrained`, safetensors only. Raises ValueError for weights that are not all of this class."""
-    keywords = {} if cls is T5EncoderModel else {"low_cpu_mem_usage": False}
-    try:
-        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **keywords)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder}: its weights and config.json are not of one {cls.__name__}: {error}") from error
-    for keys, says in (("missing_keys", "are missing"), ("unexpected_keys", "are too many")):
-        if names := sorted(info[keys]):
-            raise ValueError(f"{folder}: {len(names)} weights of {cls.__name__} {says}, {names[0]} first")
-    return model
-
-
-def empty_network(folder: Path, cls: Any) -> Any:
-    """A network of a folder's config whose parameters are on the meta device; what it computes for itself is there."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return (
-            cls(cls.config_class.from_pretrained(folder))
-            if cls is T5EncoderModel
-            else cls.from_config(cls.load_config(folder))
-        )
-
-
-def _class_name(index: dict[str, Any], name: str) -> str | None:
-    """The class that a pipeline's index names for a part, or None."""
-    entry = index.get(name)
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-
-
 def save_student(
     folder: Path,
-    transformer: nn.Module | None,
-    teacher: Path,
+    transformer: nn.Module,
+    teacher: Sources | Path,
     timesteps: Sequence[int] | Mapping[int, Sequence[int]],
     *,
     biases: Mapping[int, Tensor] | None = None,
@@ -386,10 +371,13 @@ def save_student(
 ) -> None:
     """Write a student that samples by itself: its transformer, the teacher's other parts, the nodes of its trajectory.
 
-    Without a `transformer` it is the teacher's, and `adapter`, one of `files` (name and content), is merged into it at
-    loading. For a student of several numbers of steps `timesteps` are the nodes of each, and `biases` `[d]` what makes
-    it the one of each. Written beside and renamed when whole. Raises SaveError when it cannot be written.
+    With an `adapter`, one of `files` (name and content), the weights are the teacher's, into which it is merged at
+    loading, and `transformer` says the config alone. For a student of several numbers of steps `timesteps` are the
+    nodes of each, and `biases` `[d]` what makes it the one of each. The teacher's weights are linked where that is
+    possible. Written beside and renamed when whole. Raises SaveError when it cannot be written.
     """
+    sources = Sources.of_folder(teacher) if isinstance(teacher, Path) else teacher
+    model: Any = transformer
     settings: dict[str, Any] = {"timesteps": list(timesteps)}
     if isinstance(timesteps, Mapping):
         settings["timesteps"] = list(timesteps[max(timesteps)])
@@ -397,14 +385,14 @@ def save_student(
     if adapter is not None:
         settings["adapter"] = adapter
     with whole_folder(folder) as partial:
-        for name in PARTS[0 if transformer is None else 1 :]:
-            shutil.copytree(teacher / name, partial / name)
-        shutil.copy(teacher / INDEX_FILE, partial / INDEX_FILE)
+        sources.save(partial, [part for part in sources.folders if part != "transformer" or adapter is not None])
         (partial / SAMPLER_FILE).write_text(json.dumps(settings) + "\n")
         if biases is not None:
             tensors = {str(k): bias.detach().cpu().contiguous() for k, bias in biases.items()}
             save_file(tensors, partial / BIASES_FILE, metadata={"format": "pt"})
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
-        if transformer is not None:
-            transformer.save_pretrained(partial / "transformer")  # type: ignore[operator]
+        if adapter is None:
+            model.save_pretrained(partial / "transformer")
+        else:
+            model.save_config(partial / "transformer")

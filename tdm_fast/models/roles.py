@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tdm_fast.models.adapters import LORA_FILE, Adapters, RunWith, lora_file, role_context
 from tdm_fast.models.denoiser import NUM_STEPS, Conditioning, Denoiser, Roles
 from tdm_fast.models.loading import save_student
+from tdm_fast.models.sources import Sources
 
 __all__ = ["Networks", "StepsEmbedding", "make_networks", "role_context", "tell"]
 
@@ -158,7 +159,7 @@ class Networks:
     def save(
         self,
         folder: Path,
-        teacher: Path,
+        teacher: Sources | Path,
         timesteps: Sequence[int] | Mapping[int, Sequence[int]],
         *,
         weights: Mapping[str, Tensor] | None = None,
@@ -185,7 +186,7 @@ class Networks:
                 files[LORA_FILE.replace(".", f"_{k}_step.", 1)] = self.lora_file(weights, k)
         save_student(
             folder,
-            None if lora_save == "adapter" else self.student_network(weights, base=base),
+            self.roles.student.model if lora_save == "adapter" else self.student_network(weights, base=base),
             teacher,
             timesteps,
             biases=self.biases(weights, base) if self.unify else None,

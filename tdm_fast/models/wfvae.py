@@ -11,12 +11,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from tdm_fast.models.autoencoder import VideoAutoencoder
 from tdm_fast.models.causal_conv import CausalConv3d, FrameConv2d, TemporalStream
 from tdm_fast.models.wavelet import (
     HaarWaveletTransform2D,
@@ -46,19 +44,6 @@ UP_LEVELS = {
     ("Upsample", "InverseHaarWaveletTransform2D"): False,
     ("Spatial2xTime2x3DUpsample", "InverseHaarWaveletTransform3D"): True,
 }
-
-
-class VideoGaussian(DiagonalGaussianDistribution):
-    """Diagonal Gaussian of latents `[B, C, T, H, W]`; logvar is clamped to [-30, 20]."""
-
-    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL divergence from `other`, or from the unit Gaussian, in nats, `[B]`: summed over all of a video."""
-        if other is None:
-            terms = self.mean.square() + self.var - 1.0 - self.logvar
-        else:
-            distance = (self.mean - other.mean).square()
-            terms = (distance + self.var) / other.var - 1.0 - self.logvar + other.logvar
-        return 0.5 * terms.flatten(1).sum(dim=1)
 
 
 class Encoder(nn.Module):
@@ -189,7 +174,7 @@ def add_to_lowest_band(coefficients: Tensor, video: Tensor) -> Tensor:
     return torch.cat([coefficients[:, :3] + video, coefficients[:, 3:]], dim=1)
 
 
-class WFVAEModel(ModelMixin, ConfigMixin):
+class WFVAEModel(VideoAutoencoder):
     """The autoencoder. Argument names, spelling included, and defaults are those of published configs.
 
     Args:
@@ -257,6 +242,8 @@ class WFVAEModel(ModelMixin, ConfigMixin):
         _level_in_time("l2_upsample_block", l2_upsample_block, l2_upsample_wavelet, in_time_only[1])
 
         self.temporal_stride = 8 if down_in_time else 4
+        self.spatial_stride = SPATIAL_STRIDE
+        self.latent_channels = latent_dim
         self.use_tiling = False
         self.tile_frames = 8  # frames per chunk when encoding, a multiple of the temporal stride
         self.tile_latents = 2  # latent frames per chunk when decoding
@@ -297,59 +284,11 @@ class WFVAEModel(ModelMixin, ConfigMixin):
             )
         self.use_tiling = use_tiling
 
-    def disable_tiling(self) -> None:
-        """Encodes and decodes whole videos at once again."""
-        self.use_tiling = False
+    def encode_moments(self, x: Tensor) -> Tensor:
+        return self._encode_tiled(x) if self.use_tiling else self.encoder(x)
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[VideoGaussian]:
-        """`[B, 3, T, H, W]` in [-1, 1] to `.latent_dist` (with `.sample(generator)`, `.mode()`, `.kl()`).
-
-        Raises:
-            ValueError: if x is no RGB video of floating-point numbers, T is not 1 more than a multiple of the temporal
-                stride, or H or W is not a multiple of 8.
-        """
-        self._check_video(x)
-        moments = self._encode_tiled(x) if self.use_tiling else self.encoder(x)
-        latent_dist = VideoGaussian(moments)
-        return AutoencoderKLOutput(latent_dist=latent_dist) if return_dict else (latent_dist,)
-
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Latents `[B, latent_dim, T', H', W']` to `.sample`, `[B, 3, stride * (T' - 1) + 1, 8 H', 8 W']`.
-
-        Raises:
-            ValueError: if z has another number of dimensions or channels, or an empty one.
-        """
-        if z.ndim != 5 or z.shape[1] != self.config.latent_dim or 0 in z.shape[2:]:
-            raise ValueError(
-                f"z must be [B, {self.config.latent_dim}, T, H, W] with no empty dimension, got {list(z.shape)}"
-            )
-        video = self._decode_tiled(z) if self.use_tiling else self.decoder(z)
-        return DecoderOutput(sample=video) if return_dict else (video,)
-
-    def forward(
-        self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, VideoGaussian]:
-        """Reconstruction of `x` from a sample of its latents, or from their mean, and the latents' distribution."""
-        (latent_dist,) = self.encode(x, return_dict=False)
-        z = latent_dist.sample(generator) if sample_posterior else latent_dist.mode()
-        return self.decode(z, return_dict=False)[0], latent_dist
-
-    def _check_video(self, x: Tensor) -> None:
-        if x.ndim != 5 or x.shape[1] != 3:
-            raise ValueError(f"x must be [B, 3, T, H, W], got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"x must hold floating-point numbers in [-1, 1], got {x.dtype}")
-        frames, sizes = x.shape[2], {"height": x.shape[3], "width": x.shape[4]}
-        stride = self.temporal_stride
-        if frames % stride != 1:
-            below = (frames - 1) // stride * stride + 1
-            fitting = f"{below} or {below + stride}" if frames > 0 else "1"
-            raise ValueError(f"x has {frames} frames; the VAE takes {stride}k + 1 of them: {fitting} would do")
-        for name, size in sizes.items():
-            if size % SPATIAL_STRIDE or not size:
-                below = size // SPATIAL_STRIDE * SPATIAL_STRIDE
-                fitting = f"{below} or {below + SPATIAL_STRIDE}" if below else f"{SPATIAL_STRIDE}"
-                raise ValueError(f"x has {name} {size}, not a multiple of {SPATIAL_STRIDE}: {fitting} would do")
+    def decode_latents(self, z: Tensor) -> Tensor:
+        return self._decode_tiled(z) if self.use_tiling else self.decoder(z)
 
     def _encode_tiled(self, x: Tensor) -> Tensor:
         """Frame 0, then chunks of `tile_frames`; causal convolutions see the end of the chunk before."""

@@ -59,7 +59,8 @@ def make_norm(channels: int, norm_type: str) -> nn.Module:
     if channels % NORM_GROUPS:
         raise ValueError(
             f"norm_type 'groupnorm' has {NORM_GROUPS} groups and cannot take {channels} channels: choose base_channels "
-            f"and energy_flow_hidden_size so that all widths are multiples of {NORM_GROUPS}, or norm_type 'layernorm'"
+            f"(hidden_size) and energy_flow_hidden_size so that all widths are multiples of {NORM_GROUPS}, or "
+            "norm_type 'layernorm'"
         )
     return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
 

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tdm_fast.models.autoencoder import VideoGaussian
 from tdm_fast.models.vae import WFVAEWrapper
-from tdm_fast.models.wfvae import VideoGaussian, WFVAEModel
+from tdm_fast.models.wfvae import WFVAEModel
 
 DATA = Path(__file__).parent / "data"
 # The constant of the state dict: 0.3536 in single precision.

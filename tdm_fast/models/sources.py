@@ -1,0 +1,312 @@
+"""Where a model's parts come from: one pipeline's folder, or part by part, as Open-Sora Plan's users name them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+
+from tdm_fast.encoders import CLASSES as ENCODERS
+from tdm_fast.encoders import EncoderFiles, find_encoder
+from tdm_fast.files import read_json
+from tdm_fast.models import registry, upstream
+from tdm_fast.models.networks import check_weights
+from tdm_fast.models.opensora import OpenSoraT2V_v1_3
+from tdm_fast.notes import say_once
+
+if TYPE_CHECKING:
+    from tdm_fast.config import ModelConfig
+
+INDEX_FILE = "model_index.json"
+SAMPLER_FILE = "few_step.json"
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+SECOND_PARTS = ("text_encoder_2", "tokenizer_2")
+# What a part of a pipeline's folder may be.
+CLASSES = {
+    "transformer": ("OpenSoraT2V_v1_3",),
+    "vae": ("WFVAEModel", "CausalVAEModel"),
+    "text_encoder": ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"),
+}
+LIBRARIES = {"transformer": "tdm_fast.models", "vae": "tdm_fast.models", "scheduler": "diffusers"}
+WEIGHTS = (".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where each part of a pipeline is. Made by `of_folder` or `of_flags`, which see that it is there."""
+
+    folder: Path
+    """What names the model; its measured quality, its evaluator and a student's trajectory are there if it has them."""
+    transformer: Path | None
+    """None for random weights, which the registry makes by `name`."""
+    vae: Path
+    encoder: EncoderFiles
+    scheduler: Path | None
+    """None for Open-Sora Plan v1.3's recipe."""
+    encoder_2: EncoderFiles | None = None
+    name: str | None = None
+    """The transformer's name in the registry, if that is how it was named; a preset's size is part of it."""
+    size: tuple[int | None, int | None, int | None] = (None, None, None)
+    """Frames, height and width that outrank what the transformer's config and name say."""
+    upstream: bool = False
+    """Whether the transformer runs the package `opensora`'s code."""
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Sources:
+        """The parts of one pipeline's folder. Raises ValueError when it is missing, half-written or another model's."""
+        return cls._of_pipeline(folder, {})
+
+    @classmethod
+    def of_flags(cls, flags: ModelConfig) -> Sources:
+        """The parts that the flags name. Those that no flag names are those of the pipeline's folder `--model`.
+
+        A transformer is taken from an existing folder of the name `--model`, else from `--model_path`, else made by the
+        registry. Raises ValueError, naming the flag, for what is missing, damaged or of another model.
+        """
+        folder, name = _folder(flags), str(flags.model)
+        if flags.opensora_source == "upstream":
+            upstream.registries()  # raises where the package cannot be imported
+        named: dict[str, Any] = {}
+        if flags.ae is not None:
+            registry.check_ae(flags.ae)
+        if flags.ae_path is not None:
+            if not flags.ae_path.is_dir():
+                raise ValueError(f"--ae_path {flags.ae_path}: no such folder; it takes a VAE's, with its config.json")
+            named["vae"] = registry.check_vae(flags.ae, flags.ae_path)
+            if any(named["vae"].glob("*.safetensors")):  # and not a trainer's checkpoint
+                check_weights(named["vae"])
+        if flags.text_encoder_name_1 is not None:
+            named["encoder"] = find_encoder(flags.text_encoder_name_1, flag="--text_encoder_name_1", kind="t5")
+        if flags.text_encoder_name_2 is not None:
+            named["encoder_2"] = find_encoder(flags.text_encoder_name_2, flag="--text_encoder_name_2", kind="clip")
+        if folder is not None and ((folder / INDEX_FILE).is_file() or not named):
+            parts = cls._of_pipeline(folder, named)
+        else:
+            parts = cls._of_transformer(folder, name, named)
+        if flags.ae is not None and "vae" not in named:
+            registry.check_vae(flags.ae, parts.vae)
+        return replace(
+            parts,
+            name=name if registry.is_known(name) else None,
+            size=(flags.num_frames, flags.max_height, flags.max_width),
+            upstream=flags.opensora_source == "upstream",
+        )
+
+    @classmethod
+    def _of_pipeline(cls, folder: Path, named: dict[str, Any]) -> Sources:
+        """The parts of a pipeline's folder but for those that are `named` otherwise, which need not be there."""
+        replaced = {"vae": ["vae"], "encoder": ["text_encoder", "tokenizer"], "encoder_2": []}
+        absent = {part for each in named for part in replaced[each]}
+        index = check_folder(folder, [part for part in PARTS if part not in absent])
+        own: dict[str, Any] = {"vae": folder / "vae"}
+        for each, part in (("encoder", "text_encoder"), ("encoder_2", "text_encoder_2")):
+            if each not in named and _class_name(index, part):
+                own[each] = _encoder_of(folder, part)
+        return cls(folder, transformer=folder / "transformer", scheduler=folder / "scheduler", **own | named)
+
+    @classmethod
+    def _of_transformer(cls, folder: Path | None, name: str, named: dict[str, Any]) -> Sources:
+        """A transformer's folder, or none, and the parts that the flags name beside it."""
+        for part, flag in (("vae", "--ae_path"), ("encoder", "--text_encoder_name_1")):
+            if part not in named:
+                brings = "is a name, which brings" if folder is None else f"has no {INDEX_FILE} and so brings"
+                what = "VAE" if part == "vae" else "text encoder"
+                raise ValueError(f"{flag} is needed: {folder or name} {brings} no {what} of its own")
+        transformer = scheduler = None
+        if folder is not None:
+            transformer = registry.find_folder(folder, OpenSoraT2V_v1_3)
+            check_weights(transformer)
+            scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else None
+        return cls(folder or Path(name), transformer=transformer, scheduler=scheduler, **named)
+
+    @property
+    def knows_null_prompt(self) -> bool:
+        """Whether guidance makes sense: not for a few-step student, nor where diffusers' `is_distilled` says so."""
+        index = self.folder / INDEX_FILE
+        distilled = index.is_file() and read_json(index).get("is_distilled") is True
+        return not distilled and not (self.folder / SAMPLER_FILE).exists()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the transformer's weights are on the disk, and not made here."""
+        return self.transformer is not None
+
+    @property
+    def encoders(self) -> list[EncoderFiles]:
+        """The text encoders, one or two."""
+        return [self.encoder] if self.encoder_2 is None else [self.encoder, self.encoder_2]
+
+    @property
+    def folders(self) -> dict[str, Path | None]:
+        """The folder of each part, by its name in a pipeline."""
+        places: dict[str, Path | None] = {"transformer": self.transformer, "vae": self.vae, "scheduler": self.scheduler}
+        for encoder, suffix in zip(self.encoders, ("", "_2"), strict=False):
+            places |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}
+        return places
+
+    def files_of(self, part: str) -> list[Path]:
+        """A part's own files, sorted by name, also where one folder holds an encoder and its tokenizer."""
+        folder = self.folders[part]
+        if folder is None:
+            return []
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        if part.startswith("tokenizer"):
+            return [path for path in files if path.suffix in (".json", ".model", ".txt") and ".index." not in path.name]
+        if part == "scheduler":
+            return files
+        weights = [path for path in files if path.suffix == ".safetensors"]
+        weights = weights or [path for path in files if path.suffix in WEIGHTS]
+        about = {path for path in files if path.name == "config.json"}
+        about |= {path for path in files if weights and path.name.endswith(f"{weights[0].suffix}.index.json")}
+        return sorted({*weights, *about})
+
+    def digest(self, *parts: str) -> str:
+        """A short digest of what some parts contain; the same wherever they lie."""
+        total = hashlib.sha256()
+        for part in sorted(parts):
+            files = self.files_of(part)
+            if not files and part in ("transformer", "scheduler"):
+                total.update(f"{part} {self.name if part == 'transformer' else 'recipe'}\n".encode())
+            for path in files:
+                stat = path.stat()
+                total.update(f"{part}/{path.name} {_sha256(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
+        return total.hexdigest()[:16]
+
+    def scheduler_object(self) -> Any:
+        """The diffusers scheduler. Raises ValueError for one that diffusers does not know."""
+        if self.scheduler is None:  # Open-Sora Plan v1.3's training, diffusers' default betas
+            return diffusers.DDPMScheduler(
+                prediction_type="v_prediction",
+                rescale_betas_zero_snr=True,
+                timestep_spacing="trailing",
+                clip_sample=False,
+            )
+        index = self.folder / INDEX_FILE
+        name = _class_name(read_json(index), "scheduler") if index.is_file() else None
+        name = name or read_json(self.scheduler / "scheduler_config.json", "_class_name")["_class_name"]
+        scheduler_class = getattr(diffusers, name, None)
+        if scheduler_class is None:
+            raise ValueError(f"{self.folder}: its scheduler is a {name}, which diffusers does not know")
+        return scheduler_class.from_pretrained(self.scheduler)
+
+    def save(self, folder: Path, parts: Sequence[str]) -> None:
+        """Put parts, under their own names, and the index of a pipeline of them all into a folder.
+
+        Weights are linked where the file system allows it, because an encoder has 20 GB; other files, which somebody
+        might edit, are copied. Raises OSError when they cannot be written.
+        """
+        for part in parts:
+            (folder / part).mkdir()
+            if self.folders[part] is None:
+                self.scheduler_object().save_pretrained(folder / part)
+            if part == "vae" and not any(self.vae.glob("*.safetensors")):
+                registry.load_vae(None, self.vae).vae.save_pretrained(folder / part)
+                continue
+            for path in self.files_of(part):
+                _link_or_copy(path.resolve(), folder / part / path.name)
+        (folder / INDEX_FILE).write_text(json.dumps(self._index(), indent=2) + "\n")
+
+    def _index(self) -> dict[str, Any]:
+        """A pipeline's index: the folder's own, with the entries of parts from elsewhere."""
+        index: dict[str, Any] = {"_class_name": "OpenSoraPipeline"}
+        if (path := self.folder / INDEX_FILE).is_file():
+            index = read_json(path)
+        for part, place in self.folders.items():
+            if place != self.folder / part or part not in index:
+                index[part] = [LIBRARIES.get(part, "transformers"), self._class_of(part, place)]
+        return index
+
+    def _class_of(self, part: str, folder: Path | None) -> str:
+        if part == "transformer":
+            return OpenSoraT2V_v1_3.__name__
+        if part == "scheduler":
+            return type(self.scheduler_object()).__name__
+        assert folder is not None
+        if part.startswith("tokenizer"):
+            return "AutoTokenizer"
+        config = read_json(folder / "config.json")
+        return ENCODERS[config["model_type"]].__name__ if part.startswith("text_encoder") else config["_class_name"]
+
+
+def _folder(flags: ModelConfig) -> Path | None:
+    """Where the transformer's weights are, None where the registry is to make them; refuses what is neither."""
+    folder, name = flags.folder, str(flags.model)
+    if folder is None and not registry.is_known(name):
+        names = ", ".join(registry.Diffusion_models_class)
+        raise ValueError(
+            f"--model {name}: no such folder, nor a name that is known ({names}, or one with a size at its end, such as"
+            " OpenSoraT2V_v1_3_93x640x640)"
+        )
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--model_path {folder}: no such folder; it takes a transformer's or a pipeline's")
+    if flags.model_path not in (None, folder):
+        say_once(f"--model {folder} is a folder and holds the weights; --model_path {flags.model_path} is left out")
+    elif flags.model_path is not None and flags.model not in (type(flags).model, folder):
+        registry.check_name(name)
+    return folder
+
+
+def _encoder_of(folder: Path, part: str) -> EncoderFiles:
+    """The encoder of a pipeline's folder."""
+    tokenizer = folder / part.replace("text_encoder", "tokenizer")
+    return find_encoder(folder / part, flag="--model", tokenizer=tokenizer)
+
+
+def check_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Any]:
+    """Refuse, with one message, a pipeline's folder whose `parts` cannot be loaded; returns its index.
+
+    Reads headers only, no weights.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a model is a folder with {INDEX_FILE} and {', '.join(PARTS)}")
+    try:
+        index = read_json(folder / INDEX_FILE)
+    except FileNotFoundError:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ValueError(
+            f"{folder}: no {INDEX_FILE} in it (found: {found}); it takes a pipeline's folder, or for `train` a"
+            " transformer's with --ae_path and --text_encoder_name_1 beside it"
+        ) from None
+    classes = {part: _class_name(index, part) for part in parts}
+    for part, known in CLASSES.items():
+        if part in parts and classes[part] not in known:
+            found = f"its {part} is a {classes[part]}" if classes[part] else f"it has no {part}"
+            kind = index.get("_class_name", "model")
+            raise ValueError(f"{folder} holds a {kind}: {found}; this version takes a {' or '.join(known)} there")
+    missing = [part for part in parts if classes[part] is None or not any((folder / part).glob("*"))]
+    if missing:
+        raise ValueError(f"{folder} is half-written: {', '.join(missing)} missing; copy or make the folder again")
+    for part in ("transformer", "vae"):
+        if part in parts:
+            check_weights(folder / part)
+    return index
+
+
+def _class_name(index: dict[str, Any], part: str) -> str | None:
+    """The class that a pipeline's index names for a part, or None."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
+@cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """A file's digest; its size and its time tell whether it is still the same, so that it is read once."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if target.suffix in WEIGHTS:
+        with suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return
+    shutil.copy(source, target)
