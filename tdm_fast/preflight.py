@@ -1,0 +1,228 @@
+"""The rows of `tdm-fast check` about one `train` command: what train would refuse, found by its own functions.
+
+No weights are read, nothing is encoded, trained or written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+
+from tdm_fast.check import Row, Rows
+from tdm_fast.checkpoint import SaveError, checkpoints, inspect, locked
+from tdm_fast.config import TrainConfig, parse_train
+from tdm_fast.encoders import CLASSES, Encoder, EncoderFiles
+from tdm_fast.evaluate import check_evaluator
+from tdm_fast.memory import gigabytes
+from tdm_fast.models.loading import Pipeline, load_parts, weight_checks
+from tdm_fast.models.networks import empty_network
+from tdm_fast.models.sources import SAMPLER_FILE, Sources
+from tdm_fast.ranks import Ranks
+from tdm_fast.sizing import checkpoint_bytes, refuse_what_cannot_fit
+from tdm_fast.text import PromptCache
+from tdm_fast.train import (
+    check_batch_size,
+    check_flags,
+    check_resumable,
+    check_teacher,
+    free_flags,
+    latent_shapes,
+    own_flags,
+    path_to_resume,
+    prompts_of,
+    refuse_another_runs,
+)
+
+T = TypeVar("T")
+
+REFUSALS = (ValueError, SaveError, OSError, SafetensorError)
+"""What ends `train` with one message and code 2."""
+FEW_PROMPTS = 256
+"""How many prompts, the longest, are made into tokens: a million of them take minutes."""
+COPY = "copy or download the folder again, or name another"
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig | ValueError:
+    """The run of these flags, or what `train` says of a value. Raises SystemExit with code 2 for unknown flags."""
+    try:
+        return parse_train(arguments, prog="tdm-fast check")
+    except ValueError as error:
+        return error
+
+
+def find(name: str, fix: str, work: Callable[[], T], says: Callable[[T], str] = str) -> tuple[Row, T | None]:
+    """Do `work`; the row says of its value what `says` does, or a refused one has the message, with `fix`."""
+    try:
+        value = work()
+        return Row(name, "ok", says(value)), value
+    except REFUSALS as error:
+        return Row(name, "failed", str(error), fix), None
+
+
+def rows(config: TrainConfig | ValueError) -> Rows:
+    """All rows of a run; those that need what an earlier one did not find are left out."""
+    if isinstance(config, ValueError):
+        yield Row("flags", "failed", str(config), "tdm-fast train --help says what each flag takes")
+        return
+    row, device = find("flags", "--device auto --report_to tensorboard always do", lambda: check_flags(config))
+    yield row
+    yield find("batch", "a --train_batch_size that divides", lambda: _batch(config))[0]
+    row, sources = find("teacher", COPY, lambda: Sources.of_flags(config.model), lambda found: str(found.folder))
+    yield row
+    row, prompts = find("prompts", "--prompts FILE", lambda: prompts_of(config), lambda found: f"{len(found)} prompts")
+    yield row
+    yield find("run's folder", "--output_dir FOLDER", lambda: _output(config, prompts or []))[0]
+    if sources is None:
+        return
+    whole = True
+    for part, check in weight_checks(sources).items():
+        row, _ = find(part, COPY, lambda check=check, part=part: check() or f"{sources.folders[part]}")
+        whole = whole and row.state == "ok"
+        yield row
+    yield find("guidance", "--cfg 1, or a teacher that is not distilled", lambda: _guidance(config, sources))[0]
+    row, teacher = find("fit", "parts of one model", lambda: _meta(sources), lambda found: _size(found))
+    yield row
+    if teacher is None or not whole:
+        return
+    yield find("trajectory", "--num_steps, --total_steps, --nodes", lambda: config.tdm.check(teacher.schedule))[0]
+    fix = "--video_sizes of whole latents and patches"
+    row, shapes = find("latents", fix, lambda: latent_shapes(config, teacher), _listed)
+    yield row
+    if config.run.num_eval_videos:
+        yield find("evaluator", "--num_eval_videos 0", lambda: check_evaluator(teacher), _evaluator)[0]
+    row, cache = find("tokens", "the encoder's own tokenizer", lambda: _cache(config, sources, prompts or []), _tokens)
+    yield row
+    if device is not None and shapes and prompts and cache is not None:
+        yield _memory(config, teacher, cache, shapes, device)
+        yield _disk(config, sources, teacher, device)
+
+
+# ---- what each row does
+
+
+def _batch(config: TrainConfig) -> str:
+    check_batch_size(config, 1, 1)
+    return f"{config.optimiser.train_batch_size}, as one process has it"
+
+
+def _guidance(config: TrainConfig, sources: Sources) -> str:
+    check_teacher(config, sources)
+    return f"{config.tdm.cfg:g}"
+
+
+def _meta(sources: Sources) -> Pipeline:
+    """The teacher with its networks on the meta device; a student's adapter needs the weights that it is added to."""
+    empty = {"vae", "text_encoder"}
+    return load_parts(sources, empty=empty if (sources.folder / SAMPLER_FILE).exists() else empty | {"transformer"})
+
+
+def _size(teacher: Pipeline) -> str:
+    numel = sum(parameter.numel() for parameter in teacher.denoiser.parameters())
+    frames, height, width = teacher.video_shape
+    return f"a transformer of {numel / 1e6:,.0f} million parameters; videos of {frames}x{height}x{width}"
+
+
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def _evaluator(evaluator: object) -> str:
+    return "none, so the student is not measured" if evaluator is None else "measures the student"
+
+
+def _output(config: TrainConfig, prompts: Sequence[str]) -> str:
+    """Whether the run's folder can be written, is free, and holds nothing but this run's checkpoints."""
+    folder = config.run.output_dir
+    there = _existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {folder}: {there} is no folder that can be written to")
+    path = path_to_resume(config)
+    if there == folder:
+        with locked(folder):
+            pass
+    if path is None:
+        return f"{folder}, from the beginning"
+    found = inspect(path, part=-1)  # the sizes of all files; their contents are read when the run goes on
+    check_resumable(found, config)
+    refuse_another_runs(found, own_flags(config, prompts), free_flags(config))
+    return f"goes on from {path}"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or of those around it the first that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _cache(config: TrainConfig, sources: Sources, prompts: Sequence[str]) -> PromptCache:
+    """A cache of the longest prompts, which decide a run's memory, with states of zeros."""
+    longest = sorted(prompts, key=len, reverse=True)[:FEW_PROMPTS]
+    texts = [*longest, config.model.negative_prompt]
+    states = [_zeros(encoder, texts) for encoder in sources.encoders]
+    (*rows, negative), second = states[0], states[1] if len(states) > 1 else None
+    if second is None:
+        return PromptCache(tuple(longest), tuple(rows), negative)
+    return PromptCache(tuple(longest), tuple(rows), negative, tuple(second[:-1]), second[-1])
+
+
+def _zeros(files: EncoderFiles, texts: Sequence[str]) -> list[torch.Tensor]:
+    """States of zeros of as many tokens as the texts have."""
+    model = empty_network(files.model, CLASSES[files.model_type])
+    encoder = Encoder(files.load_tokenizer(), model, files.kind, files.width, files.name)
+    lengths = [1 if files.kind == "clip" else len(tokens) for tokens in encoder.tokenize(texts)]
+    return [torch.zeros(length, files.width) for length in lengths]
+
+
+def _tokens(cache: PromptCache) -> str:
+    return f"{max(map(len, cache.embeddings), default=0)} at most in a prompt"
+
+
+def _memory(
+    config: TrainConfig,
+    teacher: Pipeline,
+    cache: PromptCache,
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+) -> Row:
+    """What the run will hold, as it computes it itself."""
+    if config.optimiser.train_batch_size == "auto":
+        return Row("memory", "ok", "decides the batch when the run begins")
+    row, _ = find(
+        "memory",
+        "--train_batch_size, --activation_checkpointing, --roles lora; or several ranks, which share it",
+        lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, Ranks(device=device)),
+    )
+    return row
+
+
+def _disk(config: TrainConfig, sources: Sources, teacher: Pipeline, device: torch.device) -> Row:
+    """Free disk against checkpoints, as many as are there at a time, and the student's folder."""
+    output, run = config.run.output_dir, config.run
+    there = _existing(output)
+    one = checkpoint_bytes(config, teacher.denoiser, device)
+    total = -(-config.optimiser.max_train_steps // run.checkpointing_steps)
+    # A new one is whole before the oldest goes.
+    count = min(total, (run.checkpoints_total_limit or total) + 1)
+    student = sum(4 * parameter.numel() for parameter in teacher.denoiser.parameters())
+    copied = [
+        path
+        for part in sources.folders
+        if part != "transformer"
+        for path in sources.files_of(part)
+        if path.stat().st_dev != there.stat().st_dev  # else they are linked
+    ]
+    needed = count * one + student + sum(path.stat().st_size for path in copied)
+    held = sum(file.stat().st_size for path in checkpoints(output) for file in path.iterdir())
+    free = shutil.disk_usage(there).free
+    says = f"{count} checkpoints of {gigabytes(one)} and the student take {gigabytes(needed)}"
+    if held:
+        says += f", {gigabytes(held)} of which are there"
+    says += f"; {gigabytes(free)} are free in {there}"
+    if needed - held <= free:
+        return Row("disk", "ok", says)
+    return Row("disk", "failed", says, "--checkpoints_total_limit 1, --roles lora, or an --output_dir on another disk")
