@@ -12,15 +12,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5EncoderModel
 
 from tdm_fast.checkpoint import read_json, whole_folder
+from tdm_fast.encoders import check_width
 from tdm_fast.models import registry
 from tdm_fast.models.networks import check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.models.sizes import latent_size, units
 from tdm_fast.models.sources import SAMPLER_FILE, Sources
+from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.notes import say_once
 from tdm_fast.schedule import Schedule
 
@@ -28,7 +29,6 @@ __all__ = ["Pipeline", "check_weights", "load_metrics", "load_network", "load_pa
 
 BIASES_FILE = "num_steps.safetensors"
 METRICS_FILE = "teacher_metrics.json"
-PATCH_SIZE = 2
 
 
 @dataclass
@@ -37,10 +37,11 @@ class Pipeline:
 
     sources: Sources
     denoiser: OpenSoraDenoiser
-    vae: Any
-    """The wrapper that the registry gives: `encode`, `decode`, `strides`."""
+    vae: VAEWrapper
     tokenizer: Any
     text_encoder: nn.Module
+    scheduler: Any
+    """Of diffusers; the denoiser's schedule is its noise levels."""
     timesteps: tuple[int, ...] | None
     """The nodes of a few-step student's trajectory, descending; None for a teacher."""
     trajectories: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -121,29 +122,37 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     """Load a model onto the CPU, everything frozen and in evaluation mode.
 
     A student whose folder keeps its adapter apart gets it merged. The networks named in `empty` are made on the meta
-    device, without weights. The transformer's config says the size of its latents, or else is made to.
+    device, without weights, but for the text encoder, which is not made at all and lacks its tokenizer. The config of
+    the transformer says the size of its latents, whoever has decided it.
     Raises ValueError, before weights are read where configs tell, for parts that do not fit each other or the size
     asked for, and for a transformer to be left empty that has no one file of weights.
     """
-    schedule = Schedule.from_scheduler(sources.scheduler_object())
+    scheduler = sources.scheduler_object()
+    schedule = Schedule.from_scheduler(scheduler)
     own = _few_step(sources.folder, schedule.num_train_timesteps)
     if "transformer" in empty and (own.adapter or own.trajectories):
         raise ValueError(
             f"{sources.folder}: a student with an adapter or biases beside it is not loaded in shards; --sharding none"
             " would do"
         )
-    vae = registry.load_vae(sources.ae, sources.vae, empty="vae" in empty)
-    text_encoder = load_text_encoder(sources, empty="text_encoder" in empty)
-    transformer = _transformer(sources, vae, text_encoder.config.d_model, empty="transformer" in empty)
+    vae = registry.load_vae(None, sources.vae, empty=True)
+    transformer = _transformer(sources, vae, empty="transformer" in empty)
+    if "vae" not in empty:
+        vae = registry.load_vae(None, sources.vae)
+    text_encoder, tokenizer = nn.Module(), None
+    if "text_encoder" not in empty:
+        loaded = sources.encoder.load()
+        text_encoder, tokenizer = loaded.model, loaded.tokenizer
     if own.adapter is not None:
         _merge_adapter(transformer, sources.folder / own.adapter)
     denoiser = OpenSoraDenoiser(transformer.requires_grad_(False).eval(), schedule)
     pipeline = Pipeline(
         sources=sources,
         denoiser=denoiser,
-        vae=vae.requires_grad_(False).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(sources.folder_of("tokenizer")),
-        text_encoder=text_encoder.requires_grad_(False).eval(),
+        vae=vae,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        scheduler=scheduler,
         timesteps=own.timesteps,
         trajectories=own.trajectories,
         biases=_load_biases(sources.folder, own.trajectories, denoiser.time_embedding()) if own.trajectories else {},
@@ -153,42 +162,38 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     return pipeline
 
 
-def load_text_encoder(sources: Sources, *, empty: bool = False) -> nn.Module:
-    folder = sources.folder_of("text_encoder")
-    return empty_network(folder, T5EncoderModel) if empty else load_network(folder, T5EncoderModel)
-
-
-def _transformer(sources: Sources, vae: Any, text_width: int, *, empty: bool) -> Any:
+def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
     """The transformer, with the size of its latents in its config.
 
     Raises ValueError where VAE or text encoder do not fit it, and for a size that patches and VAE do not divide.
     """
     if sources.transformer is None:
-        assert sources.name is not None
-        channels = {"in_channels": vae.channels, "out_channels": vae.channels, "caption_channels": text_width}
-        size = latent_size(sources, {"patch_size": PATCH_SIZE}, vae.strides)
-        say_once(
-            f"{sources.name} IS MADE WITH RANDOM WEIGHTS: no folder has that name and --model_path names none. What is"
-            " distilled from it is good for a look at speed and memory, and for nothing else"
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same on every rank, and when a run goes on
-            return registry.build(sources.name, **channels, **size)
+        return _random_transformer(sources, vae)
     config = OpenSoraT2V_v1_3.load_config(sources.transformer)
     if config.get("in_channels") != vae.channels:
         raise ValueError(
-            f"{sources.folder}: the transformer takes latents of in_channels={config.get('in_channels')} but the VAE"
-            f" decodes {vae.channels} channels; the two are not of one model"
+            f"{sources.transformer}: the transformer takes latents of in_channels={config.get('in_channels')} but the"
+            f" VAE in {sources.vae} decodes {vae.channels} channels; the two are not of one model"
         )
-    if config.get("caption_channels") != text_width:
-        raise ValueError(
-            f"{sources.folder}: the text encoder is {text_width} wide but the transformer takes caption_channels="
-            f"{config.get('caption_channels')}; the two are not of one model"
-        )
+    check_width(sources.encoder, config.get("caption_channels"), flag=sources.encoder.flag)
     size = latent_size(sources, config, vae.strides)
     transformer = (empty_network if empty else load_network)(sources.transformer, OpenSoraT2V_v1_3)
     transformer.register_to_config(**size)
     return transformer
+
+
+def _random_transformer(sources: Sources, vae: VAEWrapper) -> Any:
+    """A transformer that the registry makes, and a loud word about it."""
+    assert sources.name is not None
+    config = {"in_channels": vae.channels, "out_channels": vae.channels, "caption_channels": sources.encoder.width}
+    config |= latent_size(sources, registry.TWO_BILLION, vae.strides)
+    say_once(
+        f"--model {sources.name}: RANDOM WEIGHTS. No folder has this name and --model_path names none, so the network"
+        " is made as its name says and knows nothing. A student of it is good for a look at speed and memory only"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same on every rank, and when a run goes on
+        return registry.Diffusion_models[sources.name](**config)
 
 
 class FewStep(NamedTuple):
@@ -305,7 +310,7 @@ def save_student(
     if adapter is not None:
         settings["adapter"] = adapter
     with whole_folder(folder) as partial:
-        sources.save(partial, [part for part in sources.parts if part != "transformer" or adapter is not None])
+        sources.save(partial, [part for part in sources.folders if part != "transformer" or adapter is not None])
         (partial / SAMPLER_FILE).write_text(json.dumps(settings) + "\n")
         if biases is not None:
             tensors = {str(k): bias.detach().cpu().contiguous() for k, bias in biases.items()}

@@ -10,9 +10,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from tdm_fast.checkpoint import read_json
+
 
 def check_weights(folder: Path) -> None:
-    """Refuse a network's folder that lacks its config or safetensors, or whose files are cut short."""
+    """Refuse a network's folder that lacks its config or safetensors, or whose files are cut short or not all there."""
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is half-written: it takes config.json and weights as *.safetensors")
@@ -22,6 +24,13 @@ def check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged or half-written ({error}); copy or make the folder again") from error
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(read_json(index, "weight_map")["weight_map"].values())
+        if missing := sorted(shards - {file.name for file in files}):
+            raise ValueError(
+                f"{folder} is half-written: {len(missing)} of {len(shards)} shards are missing, {missing[0]} first;"
+                " copy or make the folder again"
+            )
 
 
 def check_tensors(folder: Path, cls: Any, *, others: bool = False) -> None:

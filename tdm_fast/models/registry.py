@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tdm_fast.models.networks import load_network
+from tdm_fast.models.networks import empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.vae import CausalVAEWrapper, VAEWrapper, WFVAEWrapper
 
@@ -55,10 +55,15 @@ class _Names(dict[str, V]):
     def __missing__(self, name: str) -> V:
         if name not in self:
             raise KeyError(name)
-        return self[_SIZE_AT_END.sub("", name)]
+        return self[base_name(name)]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and super().__contains__(_SIZE_AT_END.sub("", name))
+        return isinstance(name, str) and super().__contains__(base_name(name))
+
+
+def base_name(name: str) -> str:
+    """A transformer's name without the size at its end."""
+    return _SIZE_AT_END.sub("", name)
 
 
 def open_sora_2b(**config: Any) -> OpenSoraT2V_v1_3:
@@ -175,15 +180,17 @@ def find_folder(
     raise ValueError(f"{folder} holds no {' or '.join(names)}. Tried " + "; ".join(tried))
 
 
-def load_vae(name: str | None, folder: Path | str) -> VAEWrapper:
+def load_vae(name: str | None, folder: Path | str, *, empty: bool = False) -> VAEWrapper:
     """The VAE of a folder (or of `vae/` in it) with its scale, frozen and in evaluation mode, on the CPU.
 
     Raises ValueError for an unknown name, a folder without a VAE's config and weights, one whose class, strides or
-    channels are not those of `name` (the message has the names that fit), and weights that are not all of it.
+    channels are not those of `name` (the message has the names that fit), and weights that are not all of it. With
+    `empty` it is on the meta device and its weights are not read.
     """
     place = check_vae(name, Path(folder))
     wrapper: Any = _wrapper_of(place)
-    return wrapper(load_network(place, wrapper.model_class)).requires_grad_(False).eval()
+    load = empty_network if empty else load_network
+    return wrapper(load(place, wrapper.model_class)).requires_grad_(False).eval()
 
 
 def check_vae(name: str | None, folder: Path) -> Path:

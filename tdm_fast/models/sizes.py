@@ -57,21 +57,22 @@ def latent_size(sources: Sources, config: Mapping[str, Any], strides: tuple[int,
     preset = (registry.preset(sources.name) if sources.name else None) or (None, None, None)
     sizes: dict[str, int] = {}
     overruled = []
-    for axis, unit, flag, asked, named in zip(AXES, units(strides, patch), SIZE_FLAGS, sources.size, preset, strict=True):
-        own = config.get(f"sample_size_{axis}")
+    axes = zip(AXES, SIZE_FLAGS, units(strides, patch), sources.size, preset, strict=True)
+    for axis, flag, unit, asked, named in axes:
+        key = f"sample_size_{axis}"
+        own = config.get(key)
         if asked is not None:
-            size = _latents(unit, asked, f"--{flag} {asked}")
+            sizes[key] = _latents(unit, asked, f"--{flag} {asked}")
         elif own is None and named is not None:
-            size = _latents(unit, named, f"--model {sources.name}: --{flag} {named} in its name")
+            sizes[key] = _latents(unit, named, f"--model {sources.name}: {flag} {named}")
         else:
-            size = _checked(own, 1 if axis == "t" else patch, f"{sources.transformer or sources.name}: sample_size_{axis} is {own}")
-            if named is not None and unit.pixels(size) != named:
-                overruled.append(f"{flag} {unit.pixels(size)}, not {named}")
-        sizes[f"sample_size_{axis}"] = size
+            sizes[key] = _checked(own, 1 if axis == "t" else patch, f"{sources.transformer}: {key} is {own}")
+            if named is not None and unit.pixels(own) != named:
+                overruled.append(f"{flag} {unit.pixels(own)}, not {named}")
     if overruled:
         say_once(
-            f"{sources.transformer}: its config.json says {' and '.join(overruled)} as in {sources.name}, and is believed;"
-            f" --{' --'.join(SIZE_FLAGS)} outrank both"
+            f"{sources.transformer}: its config.json says {' and '.join(overruled)} as in {sources.name}, and counts;"
+            f" --{', --'.join(SIZE_FLAGS)} would outrank it"
         )
     return sizes
 
@@ -83,7 +84,7 @@ def _latents(unit: Unit, length: int, what: str) -> int:
 
 
 def _checked(size: Any, patch: int, what: str) -> int:
-    """A config's own size of latents, which has to be whole patches."""
+    """A config's own size of latents, which has to be in whole patches."""
     if not isinstance(size, int) or size < 1 or size % patch:
         below = size // patch * patch if isinstance(size, int) else 0
         fitting = f"{below} or {below + patch}" if below > 0 else f"{patch}"

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-from huggingface_hub import try_to_load_from_cache
 
 from tdm_fast.checkpoint import read_json
+from tdm_fast.encoders import CLASSES as ENCODERS
+from tdm_fast.encoders import EncoderFiles, find_encoder
 from tdm_fast.models import registry
 from tdm_fast.models.networks import check_weights
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
+from tdm_fast.notes import say_once
 
 if TYPE_CHECKING:
     from tdm_fast.config import ModelConfig
@@ -28,40 +30,31 @@ INDEX_FILE = "model_index.json"
 SAMPLER_FILE = "few_step.json"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 SECOND_PARTS = ("text_encoder_2", "tokenizer_2")
-# What a part may be, and where the class comes from.
+# What a part of a pipeline's folder may be.
 CLASSES = {
     "transformer": ("OpenSoraT2V_v1_3",),
     "vae": ("WFVAEModel", "CausalVAEModel"),
     "text_encoder": ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"),
 }
-ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
-ENCODERS |= {"clip_text_model": "CLIPTextModel"}
 LIBRARIES = {"transformer": "tdm_fast.models", "vae": "tdm_fast.models", "scheduler": "diffusers"}
 WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where each part of a pipeline is. Made by `of_folder` or `of_flags`, which see that it is there.
-
-    An encoder or a tokenizer that is a string is the name of a model on the hub, any other a folder.
-    """
+    """Where each part of a pipeline is. Made by `of_folder` or `of_flags`, which see that it is there."""
 
     folder: Path
     """What names the model; its measured quality, its evaluator and a student's trajectory are there if it has them."""
     transformer: Path | None
     """None for random weights, which the registry makes by `name`."""
     vae: Path
-    text_encoder: Path | str
-    tokenizer: Path | str
+    encoder: EncoderFiles
     scheduler: Path | None
     """None for Open-Sora Plan v1.3's recipe."""
-    text_encoder_2: Path | str | None = None
-    tokenizer_2: Path | str | None = None
+    encoder_2: EncoderFiles | None = None
     name: str | None = None
     """The transformer's name in the registry, if that is how it was named; a preset's size is part of it."""
-    ae: str | None = None
-    """The VAE's name in the registry, likewise."""
     size: tuple[int | None, int | None, int | None] = (None, None, None)
     """Frames, height and width that outrank what the transformer's config and name say."""
     upstream: bool = False
@@ -70,7 +63,7 @@ class Sources:
     @classmethod
     def of_folder(cls, folder: Path) -> Sources:
         """The parts of one pipeline's folder. Raises ValueError when it is missing, half-written or another model's."""
-        return cls._of_pipeline(folder)
+        return cls._of_pipeline(folder, {})
 
     @classmethod
     def of_flags(cls, flags: ModelConfig) -> Sources:
@@ -79,56 +72,52 @@ class Sources:
         A transformer is taken from an existing folder of the name `--model`, else from `--model_path`, else made by the
         registry. Raises ValueError, naming the flag, for what is missing, damaged or of another model.
         """
-        folder, name = flags.folder, str(flags.model)
-        known = registry.is_known(name)
-        if folder is None and not known:
-            names = ", ".join(registry.Diffusion_models_class)
-            raise ValueError(f"--model {name}: no such folder, nor a name that is known ({names}, …93x640x640)")
-        if folder is not None and not folder.is_dir():
-            flag = "--model_path" if folder == flags.model_path else "--model"
-            raise ValueError(f"{flag} {folder}: no such folder; it takes a pipeline's or a transformer's folder")
-        if folder is not None and flags.model_path not in (None, folder):
-            raise ValueError(
-                f"--model_path {flags.model_path}: --model {folder} is a folder that holds weights already; leave one out"
-            )
-        named = {
-            "vae": flags.ae_path,
-            "text_encoder": _place(flags.text_encoder_name_1, "text_encoder"),
-            "tokenizer": _place(flags.text_encoder_name_1, "tokenizer"),
-            "text_encoder_2": _place(flags.text_encoder_name_2, "text_encoder"),
-            "tokenizer_2": _place(flags.text_encoder_name_2, "tokenizer"),
-        }
-        named = {part: place for part, place in named.items() if place is not None}
-        if folder is not None and ((folder / INDEX_FILE).is_file() or not named):
-            found = replace(cls._of_pipeline(folder, named), **named)  # type: ignore[arg-type]
-        else:
-            found = cls._of_transformer(folder, name, named)
+        folder, name = _folder(flags), str(flags.model)
+        named: dict[str, Any] = {}
+        if flags.ae is not None:
+            registry.check_ae(flags.ae)
         if flags.ae_path is not None:
             if not flags.ae_path.is_dir():
                 raise ValueError(f"--ae_path {flags.ae_path}: no such folder; it takes a VAE's, with its config.json")
-            check_weights(flags.ae_path)
+            named["vae"] = registry.check_vae(flags.ae, flags.ae_path)
+            check_weights(named["vae"])
+        if flags.text_encoder_name_1 is not None:
+            named["encoder"] = find_encoder(flags.text_encoder_name_1, flag="--text_encoder_name_1", kind="t5")
+        if flags.text_encoder_name_2 is not None:
+            named["encoder_2"] = find_encoder(flags.text_encoder_name_2, flag="--text_encoder_name_2", kind="clip")
+        if folder is not None and ((folder / INDEX_FILE).is_file() or not named):
+            parts = cls._of_pipeline(folder, named)
+        else:
+            parts = cls._of_transformer(folder, name, named)
+        if flags.ae is not None and "vae" not in named:
+            registry.check_vae(flags.ae, parts.vae)
         return replace(
-            found,
-            name=name if known else None,
-            ae=flags.ae,
+            parts,
+            name=name if registry.is_known(name) else None,
             size=(flags.num_frames, flags.max_height, flags.max_width),
             upstream=flags.opensora_source == "upstream",
         )
 
     @classmethod
-    def _of_pipeline(cls, folder: Path, named: Collection[str] = ()) -> Sources:
-        """The parts of a pipeline's folder; those that are `named` otherwise need not be there."""
-        index = check_folder(folder, [part for part in PARTS if part not in named])
-        second = {part: folder / part for part in SECOND_PARTS if _class_name(index, part)}
-        return cls(folder, **{part: folder / part for part in PARTS}, **second)
+    def _of_pipeline(cls, folder: Path, named: dict[str, Any]) -> Sources:
+        """The parts of a pipeline's folder but for those that are `named` otherwise, which need not be there."""
+        replaced = {"vae": ["vae"], "encoder": ["text_encoder", "tokenizer"], "encoder_2": []}
+        absent = {part for each in named for part in replaced[each]}
+        index = check_folder(folder, [part for part in PARTS if part not in absent])
+        own: dict[str, Any] = {"vae": folder / "vae"}
+        for each, part in (("encoder", "text_encoder"), ("encoder_2", "text_encoder_2")):
+            if each not in named and _class_name(index, part):
+                own[each] = _encoder_of(folder, part)
+        return cls(folder, transformer=folder / "transformer", scheduler=folder / "scheduler", **own | named)
 
     @classmethod
     def _of_transformer(cls, folder: Path | None, name: str, named: dict[str, Any]) -> Sources:
         """A transformer's folder, or none, and the parts that the flags name beside it."""
-        for part, flag in (("vae", "--ae_path"), ("text_encoder", "--text_encoder_name_1")):
+        for part, flag in (("vae", "--ae_path"), ("encoder", "--text_encoder_name_1")):
             if part not in named:
                 brings = "is a name, which brings" if folder is None else f"has no {INDEX_FILE} and so brings"
-                raise ValueError(f"{flag} is needed: {folder or name} {brings} no {part} of its own")
+                what = "VAE" if part == "vae" else "text encoder"
+                raise ValueError(f"{flag} is needed: {folder or name} {brings} no {what} of its own")
         transformer = scheduler = None
         if folder is not None:
             transformer = registry.find_folder(folder, OpenSoraT2V_v1_3)
@@ -143,22 +132,22 @@ class Sources:
         distilled = index.is_file() and read_json(index).get("is_distilled") is True
         return not distilled and not (self.folder / SAMPLER_FILE).exists()
 
-    def folder_of(self, part: str) -> Path | None:
-        """The folder that holds a part, of a hub's model the one in its cache; None if there is none.
+    @property
+    def encoders(self) -> list[EncoderFiles]:
+        """The text encoders, one or two."""
+        return [self.encoder] if self.encoder_2 is None else [self.encoder, self.encoder_2]
 
-        Raises ValueError for a hub's model that is not in the cache.
-        """
-        place: Path | str | None = getattr(self, part)
-        if not isinstance(place, str):
-            return place
-        for file in ("config.json", "tokenizer_config.json"):
-            if isinstance(path := try_to_load_from_cache(place, file), str):
-                return Path(path).parent
-        raise ValueError(f"{place}: not in the hub's cache; load it once while online, or name a folder")
+    @property
+    def folders(self) -> dict[str, Path | None]:
+        """The folder of each part, by its name in a pipeline."""
+        places: dict[str, Path | None] = {"transformer": self.transformer, "vae": self.vae, "scheduler": self.scheduler}
+        for encoder, suffix in zip(self.encoders, ("", "_2"), strict=False):
+            places |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}
+        return places
 
     def files_of(self, part: str) -> list[Path]:
         """A part's own files, sorted by name, also where one folder holds an encoder and its tokenizer."""
-        folder = self.folder_of(part)
+        folder = self.folders[part]
         if folder is None:
             return []
         files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -168,8 +157,8 @@ class Sources:
             return files
         weights = [path for path in files if path.suffix == ".safetensors"]
         weights = weights or [path for path in files if path.suffix in WEIGHTS]
-        kind = weights[0].suffix if weights else ""
-        about = [path for path in files if path.name == "config.json" or path.name.endswith(f"{kind}.index.json")]
+        about = {path for path in files if path.name == "config.json"}
+        about |= {path for path in files if weights and path.name.endswith(f"{weights[0].suffix}.index.json")}
         return sorted({*weights, *about})
 
     def digest(self, *parts: str) -> str:
@@ -209,39 +198,56 @@ class Sources:
         """
         for part in parts:
             (folder / part).mkdir()
-            if part == "scheduler" and self.scheduler is None:
+            if self.folders[part] is None:
                 self.scheduler_object().save_pretrained(folder / part)
             for path in self.files_of(part):
                 _link_or_copy(path.resolve(), folder / part / path.name)
         (folder / INDEX_FILE).write_text(json.dumps(self._index(), indent=2) + "\n")
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The names of all parts."""
-        return (*PARTS, *(part for part in SECOND_PARTS if getattr(self, part) is not None))
 
     def _index(self) -> dict[str, Any]:
         """A pipeline's index: the folder's own, with the entries of parts from elsewhere."""
         index: dict[str, Any] = {"_class_name": "OpenSoraPipeline"}
         if (path := self.folder / INDEX_FILE).is_file():
             index = read_json(path)
-        for part in self.parts:
-            if getattr(self, part) != self.folder / part or part not in index:
-                index[part] = [LIBRARIES.get(part, "transformers"), self._class_of(part)]
+        for part, place in self.folders.items():
+            if place != self.folder / part or part not in index:
+                index[part] = [LIBRARIES.get(part, "transformers"), self._class_of(part, place)]
         return index
 
-    def _class_of(self, part: str) -> str:
+    def _class_of(self, part: str, folder: Path | None) -> str:
         if part == "transformer":
             return OpenSoraT2V_v1_3.__name__
         if part == "scheduler":
             return type(self.scheduler_object()).__name__
-        folder = self.folder_of(part)
         assert folder is not None
         if part.startswith("tokenizer"):
-            config = folder / "tokenizer_config.json"
-            return (read_json(config) if config.is_file() else {}).get("tokenizer_class", "AutoTokenizer")
+            return "AutoTokenizer"
         config = read_json(folder / "config.json")
-        return ENCODERS[config["model_type"]] if part.startswith("text_encoder") else config["_class_name"]
+        return ENCODERS[config["model_type"]].__name__ if part.startswith("text_encoder") else config["_class_name"]
+
+
+def _folder(flags: ModelConfig) -> Path | None:
+    """Where the transformer's weights are, None where the registry is to make them; refuses what is neither."""
+    folder, name = flags.folder, str(flags.model)
+    if folder is None and not registry.is_known(name):
+        names = ", ".join(registry.Diffusion_models_class)
+        raise ValueError(
+            f"--model {name}: no such folder, nor a name that is known ({names}, or one with a size at its end, such as"
+            " OpenSoraT2V_v1_3_93x640x640)"
+        )
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--model_path {folder}: no such folder; it takes a transformer's or a pipeline's")
+    if flags.model_path not in (None, folder):
+        say_once(f"--model {folder} is a folder and holds the weights; --model_path {flags.model_path} is left out")
+    elif flags.model_path is not None and flags.model not in (type(flags).model, folder):
+        registry.check_name(name)
+    return folder
+
+
+def _encoder_of(folder: Path, part: str) -> EncoderFiles:
+    """The encoder of a pipeline's folder."""
+    tokenizer = folder / part.replace("text_encoder", "tokenizer")
+    return find_encoder(folder / part, flag="--model", tokenizer=tokenizer)
 
 
 def check_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Any]:
@@ -268,7 +274,7 @@ def check_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Any]
     missing = [part for part in parts if classes[part] is None or not any((folder / part).glob("*"))]
     if missing:
         raise ValueError(f"{folder} is half-written: {', '.join(missing)} missing; copy or make the folder again")
-    for part in CLASSES:
+    for part in ("transformer", "vae"):
         if part in parts:
             check_weights(folder / part)
     return index
@@ -278,13 +284,6 @@ def _class_name(index: dict[str, Any], part: str) -> str | None:
     """The class that a pipeline's index names for a part, or None."""
     entry = index.get(part)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-
-
-def _place(name: str | None, part: str) -> Path | str | None:
-    """Where an encoder's flag says that a part of it is: in a folder of the part's name, in the folder, on the hub."""
-    if name is None or not Path(name).is_dir():
-        return name
-    return Path(name) / part if (Path(name) / part).is_dir() else Path(name)
 
 
 @cache
