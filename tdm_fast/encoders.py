@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tdm_fast.checkpoint import read_json
+from tdm_fast.models.networks import check_tensors, empty_network
 
 Kind = Literal["t5", "clip"]
 
@@ -147,6 +148,15 @@ class EncoderFiles:
             with open(path, "rb") as file:
                 total.update(f"{part}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return total.hexdigest()[:16]
+
+    def check_tensors(self) -> None:
+        """Raise ValueError for weights that are not all of the model, by the headers of their files."""
+        check_tensors(self.model, CLASSES[self.model_type], others=True)  # a T5's decoder, a CLIP's image encoder
+
+    def empty(self) -> Encoder:
+        """The encoder with its model on the meta device: good for tokens. Raises ValueError as `load` does."""
+        model = empty_network(self.model, CLASSES[self.model_type])
+        return Encoder(self._load_tokenizer(), model, self.kind, self.width, self.name)
 
     def load(self, dtype: torch.dtype = torch.float32) -> Encoder:
         """Load it onto the CPU, frozen. Raises ValueError for weights or a tokenizer that cannot be its."""

@@ -69,15 +69,13 @@ def device_rows() -> Rows:
 def _cuda_row() -> Row:
     """Whether torch can use a GPU, and if it cannot, whether it ought to."""
     build, count = torch.version.cuda, torch.cuda.device_count()
+    says = f"torch is built for CUDA {build}" if build else "torch is a CPU build"
     if count:
-        return Row("CUDA", "ok", f"{build} in torch, {count} device{'s' if count > 1 else ''}")
-    says = "none" if build else "none: torch is a CPU build"
+        return Row("CUDA", "ok", f"{says}; {count} device{'s' if count > 1 else ''}")
     if shutil.which("nvidia-smi") is None:
-        return Row("CUDA", "ok", f"{says}; training runs on the CPU")
-    fix = (
-        "a driver as new as torch's CUDA" if build else "a CUDA build of torch: https://pytorch.org/get-started/locally"
-    )
-    return Row("CUDA", "warn", f"{says}, but this machine has nvidia-smi", fix)
+        return Row("CUDA", "ok", f"{says}; there is no device, so training runs on the CPU")
+    fix = "a driver for torch's CUDA" if build else "a CUDA build of torch, see https://pytorch.org/get-started/locally"
+    return Row("CUDA", "warn", f"{says} and finds no device, but this machine has nvidia-smi", fix)
 
 
 # ---- native code and ops

@@ -17,11 +17,10 @@ from safetensors import SafetensorError
 from tdm_fast.check import Row, Rows
 from tdm_fast.checkpoint import SaveError, checkpoints, inspect, locked
 from tdm_fast.config import TrainConfig, parse_train
-from tdm_fast.encoders import CLASSES, Encoder, EncoderFiles
+from tdm_fast.encoders import EncoderFiles
 from tdm_fast.evaluate import check_evaluator
 from tdm_fast.memory import gigabytes
 from tdm_fast.models.loading import Pipeline, load_parts, weight_checks
-from tdm_fast.models.networks import empty_network
 from tdm_fast.models.sources import SAMPLER_FILE, Sources
 from tdm_fast.ranks import Ranks
 from tdm_fast.sizing import checkpoint_bytes, refuse_what_cannot_fit
@@ -172,9 +171,7 @@ def _cache(config: TrainConfig, sources: Sources, prompts: Sequence[str]) -> Pro
 
 def _zeros(files: EncoderFiles, texts: Sequence[str]) -> list[torch.Tensor]:
     """States of zeros of as many tokens as the texts have."""
-    model = empty_network(files.model, CLASSES[files.model_type])
-    encoder = Encoder(files.load_tokenizer(), model, files.kind, files.width, files.name)
-    lengths = [1 if files.kind == "clip" else len(tokens) for tokens in encoder.tokenize(texts)]
+    lengths = [1 if files.kind == "clip" else len(tokens) for tokens in files.empty().tokenize(texts)]
     return [torch.zeros(length, files.width) for length in lengths]
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tdm_fast.models.autoencoder import VideoAutoencoder
 from tdm_fast.models.networks import empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.vae import CausalVAEWrapper, VAEWrapper, WFVAEWrapper
@@ -191,6 +192,11 @@ def load_vae(name: str | None, folder: Path | str, *, empty: bool = False) -> VA
     wrapper: Any = _wrapper_of(place)
     load = empty_network if empty else load_network
     return wrapper(load(place, wrapper.model_class)).requires_grad_(False).eval()
+
+
+def vae_class(folder: Path) -> type[VideoAutoencoder]:
+    """The class of the VAE that `check_vae` has found in a folder."""
+    return _wrapper_of(folder).model_class
 
 
 def check_vae(name: str | None, folder: Path) -> Path:
