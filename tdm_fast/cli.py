@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 USAGE = """usage: tdm-fast COMMAND [FLAGS]
 
   train         distil a teacher into a few-step student
+  encode        encode prompts for training, once, on as many ranks as torchrun starts
   sample        make videos from prompts, with a student or a teacher
   evaluate      measure a student or a teacher of tiny-shapes
   make-teacher  train the bundled teacher from nothing
@@ -23,6 +24,14 @@ def _train(arguments: Sequence[str]) -> int:
     from tdm_fast.train import train
 
     train(parse_train(arguments))
+    return 0
+
+
+def _encode(arguments: Sequence[str]) -> int:
+    from tdm_fast.config import parse
+    from tdm_fast.encode import EncodeConfig, encode
+
+    encode(parse(EncodeConfig, arguments, prog="tdm-fast encode"))
     return 0
 
 
@@ -60,6 +69,7 @@ def _check(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
+    "encode": _encode,
     "sample": _sample,
     "evaluate": _evaluate,
     "make-teacher": _make_teacher,

@@ -97,9 +97,19 @@ class Encoder:
         return next(self.model.parameters()).dtype
 
     def tokenize(self, prompts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-        """The tokens of each prompt, with the special ones, cut to `max_length` (`limit` if None), not padded."""
-        limit = max_length or self.limit
-        return self.tokenizer(list(prompts), truncation=True, max_length=limit, verbose=False).input_ids
+        """The tokens of each prompt, with the special ones, cut to `max_length` (`limit` if None), not padded.
+
+        Raises ValueError for a prompt without tokens, or with one that the model does not know.
+        """
+        limit, known = max_length or self.limit, self.model.get_input_embeddings().num_embeddings
+        rows = self.tokenizer(list(prompts), truncation=True, max_length=limit, verbose=False).input_ids
+        for prompt, row in zip(prompts, rows, strict=True):
+            if not row or max(row) >= known:
+                what = f"token {max(row)} of a model that knows {known}" if row else "no token"
+                raise ValueError(
+                    f"{self.name}: its tokenizer makes {what} of the prompt {prompt[:60]!r}; it is not this model's own"
+                )
+        return rows
 
     @torch.no_grad()
     def states(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -169,7 +179,7 @@ class EncoderFiles:
         except (RuntimeError, TypeError, OSError) as error:
             raise ValueError(
                 f"{self.flag} {self.name}: the weights and config.json in {self.model} are not of one {cls.__name__}:"
-                f" {_first_line(error)}"
+                f" {first_line(error)}"
             ) from error
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
@@ -187,7 +197,7 @@ class EncoderFiles:
                 return (T5Tokenizer if bare else AutoTokenizer).from_pretrained(self.tokenizer)
         except (ValueError, OSError, ImportError, KeyError) as error:
             raise ValueError(
-                f"{self.flag} {self.name}: the tokenizer in {self.tokenizer} cannot be read ({_first_line(error)});"
+                f"{self.flag} {self.name}: the tokenizer in {self.tokenizer} cannot be read ({first_line(error)});"
                 " copy or download it again"
             ) from error
 
@@ -220,7 +230,7 @@ def find_encoder(
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _in_folder(folder, str(name), flag, kind, tokenizer)
-    if folder.exists() or not _is_hub_name(str(name)):
+    if folder.exists() or not is_hub_name(str(name)):
         raise ValueError(f"{flag} {name}: no such folder; it takes a folder with model and tokenizer, or a hub name")
     with suppress(ValueError):  # what is not whole in the cache is completed below
         if cached := _cached(str(name)):
@@ -320,7 +330,8 @@ def _check_weights(folder: Path, here: str) -> None:
                 raise ValueError(f"{here}: {file} is cut short or damaged ({error}); copy it again") from error
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether it could be a name on the hub, `owner/name` or `name`, rather than a path."""
     parts = name.split("/")
     return len(parts) <= 2 and all(part and part[0].isalnum() for part in parts)
 
@@ -352,7 +363,7 @@ def offline_reason(kind: Literal["model", "dataset"], name: str) -> str | None:
             HfApi().repo_info(name, repo_type=kind, timeout=CONNECT_SECONDS)
             answers.append(None)
         except Exception as error:  # whatever the hub's client raises, it is told in one line
-            answers.append(_first_line(error))
+            answers.append(first_line(error))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -371,7 +382,7 @@ def _download(name: str, flag: str) -> Path:
             weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
             return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt", weights]))
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
     raise ValueError(
         f"{flag} {name}: no such folder, not whole in this machine's Hugging Face cache, and the hub does not give it"
         f" ({reason}); where there is a network, `hf download {name} --local-dir FOLDER`, copy FOLDER here and name it:"
@@ -379,7 +390,8 @@ def _download(name: str, flag: str) -> Path:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 Sharding = Literal["none", "full", "hybrid"]
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for each other: rank 0 samples and decodes while they do. A death is noticed at once."""
@@ -84,6 +85,14 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank: the same answer on all. Waits for the device."""
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)).item())
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first rank, on all of them; where it raises there, the others see a rank lost."""
+        if self.world == 1:
+            return work()
+        box: list[Any] = [work() if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

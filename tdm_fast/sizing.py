@@ -47,7 +47,8 @@ def measure_costs(
     config: TrainConfig, teacher: Denoiser, cache: PromptCache, shapes: Shapes, ranks: Ranks | None = None
 ) -> list[Costs]:
     """Of each size of latents `(C, T, H, W)`, with the longest prompt; counted on fake networks, not computed."""
-    longest = max(range(len(cache)), key=lambda index: len(cache.embeddings[index]))
+    lengths = cache.lengths
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
     device = ranks.device if ranks else next(teacher.parameters()).device
     conditioning, t = cache.batch([longest]).to(device), torch.zeros(1, dtype=torch.int64, device=device)
     costs = []
@@ -91,7 +92,8 @@ def largest_example(
 ) -> Batch:
     """A batch as large as any of the run's: the largest latents, the longest prompt, and a shorter one to be padded."""
     batch = make_batch(iteration, cache, config, [max(shapes, key=lambda shape: torch.Size(shape).numel())], device)
-    by_length = sorted(range(len(cache)), key=lambda index: len(cache.embeddings[index]))
+    lengths = cache.lengths
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     prompts = [by_length[-1]] * len(batch.prompts)
     prompts[1:2] = by_length[:1] if len(prompts) > 1 else []
     return batch._replace(prompts=prompts, conditioning=cache.batch(prompts).to(device))

@@ -1,24 +1,25 @@
-"""Prompts to embeddings, once: encoded before training, kept unpadded, padded per batch."""
+"""Prompts to embeddings: encoded once, kept unpadded, padded per batch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tdm_fast.checkpoint import write_atomically
+from tdm_fast.encoders import LIMITS, Encoder
 from tdm_fast.models.denoiser import Conditioning
 
-MAX_LENGTH = 512
+MAX_LENGTH = LIMITS["t5"]
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -33,88 +34,143 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-@torch.no_grad()
-def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any, *, batch_size: int = 64) -> list[Tensor]:
-    """Encode prompts to a list of float32 `[L, D]` on the CPU, without padding; what exceeds 512 tokens is cut off."""
-    rows: list[Tensor] = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = tokenizer(
-            list(prompts[start : start + batch_size]),
-            padding=True,
-            truncation=True,
-            max_length=MAX_LENGTH,
-            return_tensors="pt",
-        )
-        lengths = tokens.attention_mask.sum(1).tolist()
-        tokens = tokens.to(encoder.device)
-        states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.cpu()
-        rows += [state[:length].float().clone() for state, length in zip(states, lengths, strict=True)]
-    return rows
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: Any, encoder: Any, *, batch_size: int = 64, max_length: int | None = None
+) -> list[Tensor]:
+    """Encode prompts to a list of float32 `[L, D]` on the CPU, without padding, in batches of similar lengths.
+
+    What exceeds `max_length` tokens, 512 for a T5 and 77 for a CLIP if not given, is cut off and said once.
+    """
+    whole = Encoder.of(tokenizer, encoder)
+    tokens = whole.tokenize(prompts, max_length)
+    if note := cut_note(prompts, [len(row) for row in tokens], whole, max_length):
+        print(note, file=sys.stderr)
+    rows: dict[int, Tensor] = {}
+    for batch in batches([len(row) for row in tokens], batch_size):
+        states = whole.states([tokens[i] for i in batch])
+        rows |= {i: state.float() for i, state in zip(batch, states, strict=True)}
+    return [rows[i] for i in range(len(prompts))]
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of prompts with these numbers of tokens in batches of similar lengths, the longest first.
+
+    The largest batch is the first, so that what has no memory for it ends early. Equal lengths stay in order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def cut_note(
+    prompts: Sequence[str], lengths: Sequence[int], encoder: Encoder, max_length: int | None = None
+) -> str | None:
+    """What to say of the prompts that were cut, given the lengths that they have been cut to; None if none was."""
+    limit = max_length or encoder.limit
+    suspects = [i for i, length in enumerate(lengths) if length >= limit]
+    cut = []
+    for i in suspects:
+        whole = len(encoder.tokenizer(prompts[i], verbose=False).input_ids)
+        cut += [(i, whole)] if whole > limit else []
+    if not cut:
+        return None
+    first, whole = cut[0]
+    return (
+        f"note: {len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens that {encoder.name} is given,"
+        f" and are cut there; the first, of {whole} tokens, is {prompts[first][:60]!r}"
+    )
+
+
+class MappedRows(Sequence[Tensor]):
+    """Rows `[L_i, D]` that lie end to end in safetensors files, mapped when they are asked for, never read whole."""
+
+    def __init__(self, files: Sequence[Path], name: str, places: Tensor) -> None:
+        """`places` int64 `[n, 3]`: of each row its file, its first line in the file's tensor `name`, its length."""
+        self.files, self.name, self.places = files, name, places
+        self._mapped: dict[int, Tensor] = {}
+
+    @property
+    def lengths(self) -> list[int]:
+        """All L_i; no file is touched."""
+        return self.places[:, 2].tolist()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        file, start, length = self.places[index].tolist()
+        if file not in self._mapped:
+            with safe_open(self.files[file], framework="pt") as opened:
+                self._mapped[file] = opened.get_tensor(self.name)  # a map of the file, which outlives its closing
+        return self._mapped[file][start : start + length]
 
 
 @dataclass(frozen=True)
 class PromptCache:
     """Prompts with their embeddings (`[L_i, D]` each) and the embedding of the negative prompt."""
 
-    prompts: tuple[str, ...]
-    embeddings: tuple[Tensor, ...]
+    prompts: Sequence[str]
+    embeddings: Sequence[Tensor]
     negative: Tensor
+    embeddings_2: Sequence[Tensor] | None = None
+    """The second encoder's, `[L2_i, D2]` each; None without one."""
+    negative_2: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each prompt, for the first encoder."""
+        rows = self.embeddings
+        return rows.lengths if isinstance(rows, MappedRows) else [len(row) for row in rows]
+
     def batch(self, indices: Sequence[int]) -> Conditioning:
         """Conditioning of the prompts at these indices, padded to the longest of them."""
-        return pad([self.embeddings[i] for i in indices])
+        second = None if self.embeddings_2 is None else [self.embeddings_2[i] for i in indices]
+        return pad([self.embeddings[i] for i in indices], second)
 
     def negatives(self, batch_size: int) -> Conditioning:
         """The negative prompt's conditioning, `batch_size` times."""
-        return pad([self.negative] * batch_size)
+        second = None if self.negative_2 is None else [self.negative_2] * batch_size
+        return pad([self.negative] * batch_size, second)
 
     @classmethod
-    def encode(cls, prompts: Sequence[str], tokenizer: Any, encoder: Any, *, negative_prompt: str = "") -> PromptCache:
-        """Encode prompts and the negative prompt."""
+    def encode(
+        cls,
+        prompts: Sequence[str],
+        tokenizer: Any,
+        encoder: Any,
+        *,
+        negative_prompt: str = "",
+        tokenizer_2: Any = None,
+        encoder_2: Any = None,
+    ) -> PromptCache:
+        """Encode prompts and the negative prompt, in memory; with a second encoder for it as well."""
         *rows, negative = encode_prompts([*prompts, negative_prompt], tokenizer, encoder)
-        return cls(tuple(prompts), tuple(rows), negative)
-
-    def save(self, path: Path) -> None:
-        """Write the cache as one safetensors file: all rows end to end, their lengths, the prompts in the metadata."""
-        rows = [*self.embeddings, self.negative]
-        tensors = {"rows": torch.cat(rows), "lengths": torch.tensor([len(row) for row in rows])}
-        tensors["prompts"] = torch.frombuffer(bytearray(json.dumps(self.prompts).encode()), dtype=torch.uint8)
-        write_atomically(path, save(tensors))
-
-    @classmethod
-    def load(cls, path: Path) -> PromptCache:
-        """Read what `save` wrote."""
-        tensors = load_file(path)
-        *rows, negative = tensors["rows"].split(tensors["lengths"].tolist())
-        return cls(tuple(json.loads(bytes(tensors["prompts"].tolist()))), tuple(rows), negative)
+        if encoder_2 is None:
+            return cls(tuple(prompts), tuple(rows), negative)
+        *second, negative_2 = encode_prompts([*prompts, negative_prompt], tokenizer_2, encoder_2)
+        return cls(tuple(prompts), tuple(rows), negative, tuple(second), negative_2)
 
 
-def pad(rows: Sequence[Tensor]) -> Conditioning:
-    """Rows `[L_i, D]` to a batch padded at the end; a mask is made only when lengths differ."""
-    states = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    tensors = {"encoder_hidden_states": states}
+def pad(rows: Sequence[Tensor], rows_2: Sequence[Tensor] | None = None) -> Conditioning:
+    """Rows `[L_i, D]` to a float32 batch padded at the end; a mask is made only when lengths differ.
+
+    The second encoder's rows become tensors of their own, with a mask of their own.
+    """
+    tensors = _padded("encoder", rows)
+    return Conditioning(tensors if rows_2 is None else tensors | _padded("encoder_2", rows_2))
+
+
+def _padded(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    states = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
+    tensors = {f"{name}_hidden_states": states}
     lengths = torch.tensor([len(row) for row in rows])
     if (lengths != states.shape[1]).any():
-        tensors["encoder_attention_mask"] = (torch.arange(states.shape[1]) < lengths[:, None]).long()
-    return Conditioning(tensors)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts from a UTF-8 text file, one a line, blank lines dropped. Raises ValueError when there are none."""
-    if not path.is_file():
-        raise ValueError(f"--prompts {path}: no such file; it takes a UTF-8 text file with one prompt a line")
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8, one prompt a line"
-        ) from error
-    if not prompts:
-        raise ValueError(f"--prompts {path}: the file is empty; it takes one prompt a line")
-    return prompts
+        tensors[f"{name}_attention_mask"] = (torch.arange(states.shape[1]) < lengths[:, None]).long()
+    return tensors
 
 
 def fingerprint(prompts: Sequence[str]) -> str:

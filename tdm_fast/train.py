@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ if __name__ == "__main__":  # before anything large is imported, so that Ctrl-C 
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +33,7 @@ from tdm_fast.checkpoint import (
     write_atomically,
 )
 from tdm_fast.config import TrainConfig
+from tdm_fast.encoders import Encoder
 from tdm_fast.evaluate import Yardstick, load_yardstick
 from tdm_fast.guards import name_samples
 from tdm_fast.host import keep_memory
@@ -54,13 +53,16 @@ from tdm_fast.metering import (
 from tdm_fast.models.loading import Pipeline, load_parts
 from tdm_fast.models.sources import Sources
 from tdm_fast.preemption import Preempted, Preemption
+from tdm_fast.prompt_store import cached_prompts, fill
+from tdm_fast.prompt_store import identity as identity_of
+from tdm_fast.prompts import read_prompts
 from tdm_fast.ranks import Ranks, check_batch, joined
 from tdm_fast.report import finish
 from tdm_fast.sample import generate
 from tdm_fast.sharding import Collected, collect
 from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_cannot_fit, with_batch_size
 from tdm_fast.step import Batch, State, compile_now, make_batch, make_state, resolve_device, update, uses_bf16
-from tdm_fast.text import PromptCache, fingerprint, read_prompts
+from tdm_fast.text import PromptCache, fingerprint
 from tdm_fast.video import to_uint8, write_video
 
 VALIDATION_SEED = 2001
@@ -95,15 +97,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_teacher(config, sources)
     with joined(device, n.sharding, n.shard_size, n.context_parallel) as ranks:
         check_batch_size(config, ranks.world, ranks.data_ranks)
-        # Random weights are the same on every rank; others are read by each rank as far as it holds them.
-        read = sources.transformer is not None and ranks.world > 1 and n.sharding != "none"
-        empty = {"transformer"} if read else set()
-        teacher = load_parts(sources, empty=empty if ranks.is_main else empty | {"vae", "text_encoder"})
+        prompts = prompts_of(config)
+        # Weights from files are read by each rank as far as it holds them; others are the same on every rank.
+        in_shards = ranks.world > 1 and n.sharding != "none" and sources.has_weights and not sources.upstream
+        empty = {"text_encoder"} | ({"transformer"} if in_shards else set())
+        teacher = load_parts(sources, empty=empty if ranks.is_main else empty | {"vae"})
         config.tdm.check(teacher.schedule)
         latent_shapes(config, teacher)
         # Now, because what is damaged must not show only when the training is over.
         yardstick = load_yardstick(teacher) if config.run.num_eval_videos and ranks.is_main else None
-        prompts = prompts_of(config)
         with Checkpoints(config.run.output_dir, ranks, keep=config.run.checkpoints_total_limit) as store:
             return run(config, teacher.to(ranks.device), prompts, yardstick, store, ranks, began)
 
@@ -136,7 +138,7 @@ def check_teacher(config: TrainConfig, sources: Sources) -> None:
             f"--cfg {config.tdm.cfg:g}: {sources.folder} is distilled and knows no null prompt that guidance could lead"
             " away from; --cfg 1 would do"
         )
-    if config.run.lora_save == "adapter" and sources.transformer is None:
+    if config.run.lora_save == "adapter" and not sources.has_weights:
         raise ValueError(
             f"--lora_save adapter: {sources.name} has no weights on disk to keep beside the adapter; merged would do"
         )
@@ -158,10 +160,7 @@ def run(
 ) -> dict[str, Any]:
     """What `train` does in the run's folder, when everything that it is given has been found to work."""
     output = config.run.output_dir
-    if ranks.is_main:
-        prompt_cache(config, teacher, prompts)
-    ranks.barrier()
-    cache = prompt_cache(config, teacher, prompts)
+    cache = prompt_cache(config, teacher, prompts, ranks)
     shapes = latent_shapes(config, teacher)
     found = checkpoint_to_resume(config, store)
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None)
@@ -205,7 +204,10 @@ def run(
         base=found_student.base,
     )
     if empty:  # it is looked at beside the student
-        teacher = load_parts(teacher.sources).to(ranks.device)
+        teacher = load_parts(teacher.sources, empty={"text_encoder"}).to(ranks.device)
+    if yardstick is not None:  # whose prompts are tiny-shapes'
+        for pipeline in (teacher, student):
+            pipeline.load_text_encoder()
     adopt(student, state, config, found_student)
     metrics = finish(output, teacher, student, cache, yardstick, config.run.num_eval_videos)
     metrics |= {
@@ -344,21 +346,40 @@ def loop(
 
 def prompts_of(config: TrainConfig) -> list[str]:
     """The prompts that a run draws from."""
-    file = config.model.prompts
-    return read_prompts(file) if file else tiny_shapes.all_prompts()
+    file, cache = config.model.prompts, config.model.prompt_cache
+    if file is not None:
+        return read_prompts(file)
+    return tiny_shapes.all_prompts() if cache is None else cached_prompts(cache)
 
 
-def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str]) -> PromptCache:
-    """The prompts' embeddings, from the run's folder if they are of these prompts, else encoded and saved there."""
-    encoder = teacher.sources.digest("text_encoder", "tokenizer")
-    name = f"prompts-{fingerprint([encoder, config.model.negative_prompt, *prompts])}.safetensors"
-    path = config.run.output_dir / name
-    if path.exists():
-        with suppress(SafetensorError):  # a damaged cache is made again
-            return PromptCache.load(path)
-    negative = config.model.negative_prompt
-    cache = PromptCache.encode(prompts, teacher.tokenizer, teacher.text_encoder, negative_prompt=negative)
-    cache.save(path)
+def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str], ranks: Ranks | None = None) -> PromptCache:
+    """The prompts' embeddings, from `--prompt_cache` or the run's folder as far as they are there.
+
+    What is missing is encoded by all ranks, and added there; the text encoders are in memory no longer than that.
+    Raises ValueError where guidance has no null prompt to lead away from.
+    """
+    ranks, files = ranks or Ranks(), teacher.encoders
+    encoders = ranks.from_main(lambda: identity_of(files))
+
+    def load() -> list[Encoder]:
+        loaded = [each.load(torch.bfloat16 if ranks.device.type == "cuda" else torch.float32) for each in files]
+        for encoder in loaded:
+            encoder.model.to(ranks.device)
+        return loaded
+
+    cache = fill(
+        config.model.prompt_cache or config.run.output_dir / f"prompts-{encoders}",
+        prompts,
+        encoders,
+        load,
+        negative_prompt=config.model.negative_prompt,
+        ranks=ranks,
+    )
+    if config.tdm.cfg != 1 and len(cache.negative) == 0:
+        raise ValueError(
+            f"--cfg {config.tdm.cfg:g}: {teacher.encoders[0].name} gives no state for --negative_prompt"
+            f" {config.model.negative_prompt!r}, so that guidance has nothing to lead away from; --cfg 1 would do"
+        )
     return cache
 
 

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: the tokenizer, padding and masks, the cache, the prompts' file."""
+"""Prompts to embeddings: the tokenizer, batches, padding and masks, the cache, rows in files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny_encoders import clip_folder
+from tokenizers import processors
 from transformers import AutoTokenizer, T5EncoderModel
 
-from tdm_fast.text import MAX_LENGTH, PromptCache, encode_prompts, fingerprint, pad, read_prompts, word_tokenizer
+from tdm_fast.encoders import load_encoder
+from tdm_fast.text import (
+    MAX_LENGTH,
+    MappedRows,
+    PromptCache,
+    batches,
+    encode_prompts,
+    fingerprint,
+    pad,
+    word_tokenizer,
+)
 
 PROMPTS = ["a small red circle moving left", "circle", "red red circle moving"]
 
@@ -42,8 +55,25 @@ def test_embeddings_do_not_depend_on_what_they_are_encoded_with(tokenizer: objec
         torch.testing.assert_close(row, again, rtol=1e-5, atol=1e-6)
 
 
-def test_a_long_prompt_is_cut(tokenizer: object, encoder: T5EncoderModel) -> None:
-    assert encode_prompts(["red " * 600], tokenizer, encoder)[0].shape == (MAX_LENGTH, 8)
+def test_a_long_prompt_is_cut_and_said_once(
+    tokenizer: object, encoder: T5EncoderModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["red " * 511, "a " * 600, "circle", "red " * 700]
+    rows = encode_prompts(prompts, tokenizer, encoder)
+    assert [len(row) for row in rows] == [MAX_LENGTH, MAX_LENGTH, 2, MAX_LENGTH]
+    said = capsys.readouterr().err
+    assert said.count("note:") == 1 and "2 of 4 prompts are longer than the 512 tokens" in said
+    assert "the first, of 601 tokens, is 'a a a" in said
+    assert [len(row) for row in encode_prompts(prompts, tokenizer, encoder, max_length=8)] == [8, 8, 2, 8]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer: object, encoder: T5EncoderModel) -> None:
+    other = word_tokenizer(f"word{n}" for n in range(100))
+    with pytest.raises(ValueError, match=r"token 10\d of a model that knows \d+ of the prompt 'word99'"):
+        encode_prompts(["word1", "word99"], other, encoder)
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(ValueError, match="makes no token of the prompt ''"):
+        encode_prompts(["word1", ""], other, encoder)
 
 
 def test_padding_makes_a_mask_only_where_lengths_differ() -> None:
@@ -56,40 +86,53 @@ def test_padding_makes_a_mask_only_where_lengths_differ() -> None:
     assert pad([rows[0], rows[0]]).tensors.keys() == {"encoder_hidden_states"}
 
 
-def test_the_cache_comes_back_as_it_was(tmp_path: Path, tokenizer: object, encoder: T5EncoderModel) -> None:
+def test_the_cache_holds_prompts_and_the_negative_one(tokenizer: object, encoder: T5EncoderModel) -> None:
     prompts = [*PROMPTS, "ein kleiner Kreis — 小さな円"]
     cache = PromptCache.encode(prompts, tokenizer, encoder, negative_prompt="red triangle")
-    cache.save(tmp_path / "folder" / "cache.safetensors")
-    again = PromptCache.load(tmp_path / "folder" / "cache.safetensors")
-    assert again.prompts == cache.prompts == tuple(prompts) and len(again) == 4
-    assert all(torch.equal(a, b) for a, b in zip(again.embeddings, cache.embeddings, strict=True))
-    assert torch.equal(again.negative, cache.negative) and cache.negative.shape == (3, 8)
-    assert torch.equal(again.batch([1, 0]).tensors["encoder_hidden_states"][0, :2], cache.embeddings[1])
-    assert again.negatives(3).tensors["encoder_hidden_states"].shape == (3, 3, 8)
+    assert cache.prompts == tuple(prompts) and len(cache) == 4 and cache.lengths == [7, 2, 5, 6]
+    assert cache.negative.shape == (3, 8) and cache.embeddings_2 is None
+    assert torch.equal(cache.batch([1, 0]).tensors["encoder_hidden_states"][0, :2], cache.embeddings[1])
+    assert cache.negatives(3).tensors["encoder_hidden_states"].shape == (3, 3, 8)
 
 
-def test_prompts_are_lines(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("\n a red circle \r\n\n  \nзелёный круг\n".encode())
-    assert read_prompts(file) == ["a red circle", "зелёный круг"]
+def test_a_second_encoder_has_states_and_masks_of_its_own(
+    tmp_path: Path, tokenizer: object, encoder: T5EncoderModel
+) -> None:
+    second = load_encoder(clip_folder(tmp_path), flag="--text_encoder_name_2")
+    cache = PromptCache.encode(PROMPTS, tokenizer, encoder, tokenizer_2=second.tokenizer, encoder_2=second.model)
+    batch, alone = cache.batch([0, 1]).tensors, PromptCache.encode(PROMPTS, tokenizer, encoder).batch([0, 1]).tensors
+    assert all(torch.equal(batch[name], tensor) for name, tensor in alone.items())
+    assert batch.keys() - alone.keys() == {"encoder_2_hidden_states"}  # one token each: nothing to mask
+    assert batch["encoder_2_hidden_states"].shape == (2, 1, 6)
+    assert cache.negatives(2).tensors["encoder_2_hidden_states"].shape == (2, 1, 6)
+    padded = pad([torch.ones(2, 3)] * 2, [torch.ones(1, 4), torch.ones(3, 4)]).tensors
+    assert padded["encoder_2_attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert "encoder_attention_mask" not in padded
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "no such file"),
-        (b"", "is empty"),
-        (b" \n\t\n", "is empty"),
-        (b"a red circle\n\xff\xfe", "byte 13 is not UTF-8"),
-    ],
-)
-def test_a_prompts_file_that_cannot_work_is_refused(tmp_path: Path, content: bytes | None, says: str) -> None:
-    file = tmp_path / "prompts.txt"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(ValueError, match=says) as error:
-        read_prompts(file)
-    assert "--prompts" in str(error.value) and str(file) in str(error.value)
+def test_rows_in_less_precision_are_padded_in_float32() -> None:
+    row = torch.tensor([[0.1, 3.0]]).bfloat16()
+    assert torch.equal(pad([row]).tensors["encoder_hidden_states"], row.float()[None])
+
+
+def test_batches_are_of_similar_lengths_and_equal_ones_stay_in_order() -> None:
+    assert batches([3, 9, 3, 1, 9, 3], 2) == [[1, 4], [0, 2], [5, 3]]
+    assert batches([7] * 5 + [1], 3) == [[0, 1, 2], [3, 4, 5]]
+    assert batches([], 3) == []
+
+
+def test_mapped_rows_are_read_when_asked_for(tmp_path: Path) -> None:
+    files = [tmp_path / f"{n}.safetensors" for n in range(2)]
+    tensors = [torch.randn(5, 3, dtype=torch.bfloat16), torch.randn(4, 3, dtype=torch.bfloat16)]
+    for file, tensor in zip(files, tensors, strict=True):
+        save_file({"rows": tensor}, file)
+    rows = MappedRows(files, "rows", torch.tensor([[1, 0, 3], [0, 2, 2], [1, 3, 1]]))
+    files[0].rename(tmp_path / "away")
+    assert len(rows) == 3 and rows.lengths == [3, 2, 1]
+    assert torch.equal(rows[0], tensors[1][:3]) and torch.equal(rows[-1], tensors[1][3:])
+    assert [len(row) for row in rows[::2]] == [3, 1]
+    (tmp_path / "away").rename(files[0])
+    assert torch.equal(rows[1], tensors[0][2:4])
 
 
 def test_the_fingerprint_tells_lists_apart() -> None:

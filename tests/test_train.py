@@ -32,6 +32,7 @@ from tdm_fast import train as module
 from tdm_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, locked, save_checkpoint
 from tdm_fast.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, parse_train
 from tdm_fast.distill import TDMConfig
+from tdm_fast.encoders import Encoder
 from tdm_fast.models.loading import load_pipeline
 from tdm_fast.ops._dispatch import choose
 from tdm_fast.step import Batch, State, make_batch, make_state, rate_schedule, update
@@ -478,12 +479,11 @@ def test_prompts_of_ones_own_are_encoded_once(
     teacher = load_pipeline(config.model.model)
     first = module.prompt_cache(config, teacher, module.prompts_of(config))
     assert first.prompts == ("a red circle", "a blue square") and len(first.negative) == 2
-    cached = list(config.run.output_dir.glob("prompts-*.safetensors"))
-    assert len(cached) == 1
+    (shard,) = config.run.output_dir.glob("prompts-*/shard-*.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(module.PromptCache, "encode", lambda *_, **__: pytest.fail("encoded again"))
+        patch.setattr(Encoder, "states", lambda *_: pytest.fail("encoded again"))
         assert torch.equal(module.prompt_cache(config, teacher, module.prompts_of(config)).negative, first.negative)
-    cached[0].write_bytes(cached[0].read_bytes()[:-5])
+    shard.write_bytes(shard.read_bytes()[:-5])
     assert torch.equal(module.prompt_cache(config, teacher, module.prompts_of(config)).negative, first.negative)
     file.write_text("a green triangle\n")
     assert module.prompt_cache(config, teacher, module.prompts_of(config)).prompts == ("a green triangle",)

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdm_fast.checkpoint import read_json, whole_folder
-from tdm_fast.encoders import check_width
-from tdm_fast.models import registry
+from tdm_fast.encoders import EncoderFiles, check_width
+from tdm_fast.models import registry, upstream
 from tdm_fast.models.networks import check_tensors, check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
-from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
+from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
 from tdm_fast.models.sizes import latent_size, units
 from tdm_fast.models.sources import SAMPLER_FILE, Sources
 from tdm_fast.models.vae import VAEWrapper
@@ -42,7 +42,8 @@ class Pipeline:
     denoiser: OpenSoraDenoiser
     vae: VAEWrapper
     tokenizer: Any
-    text_encoder: nn.Module
+    """None, as the text encoder, where it has been left out."""
+    text_encoder: nn.Module | None
     scheduler: Any
     """Of diffusers; the denoiser's schedule is its noise levels."""
     timesteps: tuple[int, ...] | None
@@ -74,9 +75,20 @@ class Pipeline:
     def to(self, device: torch.device | str) -> Pipeline:
         """Move the networks to a device, but those that have no weights; returns itself."""
         for network in (self.denoiser, self.vae, self.text_encoder):
-            if not any(parameter.is_meta for parameter in network.parameters()):
+            if network is not None and not any(parameter.is_meta for parameter in network.parameters()):
                 network.to(device)
         return self
+
+    @property
+    def encoders(self) -> list[EncoderFiles]:
+        """The text encoders that the transformer takes, one or two, as files."""
+        return self.sources.encoders[: 2 if takes_two(self.denoiser.model) else 1]
+
+    def load_text_encoder(self) -> None:
+        """Load the first text encoder where it has been left out."""
+        if self.text_encoder is None:
+            loaded = self.sources.encoder.load()
+            self.tokenizer, self.text_encoder = loaded.tokenizer, loaded.model.to(self.device)
 
     def latents_of(self, size: str) -> tuple[int, ...]:
         """`(C, T, H, W)` of the latents of videos of `size`, frames x height x width such as 17x64x64.
@@ -125,8 +137,8 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     """Load a model onto the CPU, everything frozen and in evaluation mode.
 
     A student whose folder keeps its adapter apart gets it merged. The networks named in `empty` are made on the meta
-    device, without weights, but for the text encoder, which is not made at all and lacks its tokenizer. The config of
-    the transformer says the size of its latents, whoever has decided it.
+    device, without weights; a text encoder that is named there is left out. The transformer's config says the size of
+    its latents, whoever has decided it.
     Raises ValueError, before weights are read where configs tell, for parts that do not fit each other or the size
     asked for, and for a transformer to be left empty that has no one file of weights.
     """
@@ -144,10 +156,6 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     transformer = _transformer(sources, vae, empty="transformer" in empty)
     if "vae" not in empty:
         vae = registry.load_vae(None, sources.vae)
-    text_encoder, tokenizer = nn.Module(), None
-    if "text_encoder" not in empty:
-        loaded = sources.encoder.load()
-        text_encoder, tokenizer = loaded.model, loaded.tokenizer
     if own.adapter is not None:
         _merge_adapter(transformer, sources.folder / own.adapter)
     denoiser = OpenSoraDenoiser(transformer.requires_grad_(False).eval(), schedule)
@@ -155,13 +163,15 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
         sources=sources,
         denoiser=denoiser,
         vae=vae,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
+        tokenizer=None,
+        text_encoder=None,
         scheduler=scheduler,
         timesteps=own.timesteps,
         trajectories=own.trajectories,
         biases=_load_biases(sources.folder, own.trajectories, denoiser.time_embedding()) if own.trajectories else {},
     )
+    if "text_encoder" not in empty:
+        pipeline.load_text_encoder()
     if own.trajectories:
         pipeline.set_num_steps(max(own.trajectories))
     return pipeline
@@ -170,7 +180,7 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
 def weight_checks(sources: Sources) -> dict[str, Callable[[], None]]:
     """What raises ValueError for a network's weights that are not all of it, by their headers; by the part's name."""
     checks: dict[str, Callable[[], None]] = {}
-    if sources.transformer is not None:
+    if sources.transformer is not None and not sources.upstream:
         checks["transformer"] = partial(check_tensors, sources.transformer, OpenSoraT2V_v1_3)
     checks["vae"] = partial(check_tensors, sources.vae, registry.vae_class(sources.vae))
     for encoder, suffix in zip(sources.encoders, ("", "_2"), strict=False):
@@ -191,17 +201,34 @@ def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
             f"{sources.transformer}: the transformer takes latents of in_channels={config.get('in_channels')} but the"
             f" VAE in {sources.vae} decodes {vae.channels} channels; the two are not of one model"
         )
-    check_width(sources.encoder, config.get("caption_channels"), flag=sources.encoder.flag)
+    check_encoders(sources, config.get("caption_channels"))
     size = latent_size(sources, config, vae.strides)
-    transformer = (empty_network if empty else load_network)(sources.transformer, OpenSoraT2V_v1_3)
+    if sources.upstream:
+        transformer = upstream.load_transformer(sources.transformer, sources.name or OpenSoraT2V_v1_3.__name__)
+    else:
+        transformer = (empty_network if empty else load_network)(sources.transformer, OpenSoraT2V_v1_3)
     transformer.register_to_config(**size)
     return transformer
+
+
+def check_encoders(sources: Sources, caption_channels: Any) -> None:
+    """Raise ValueError where the text encoders are not those that a transformer of these `caption_channels` takes."""
+    widths = caption_channels if isinstance(caption_channels, list | tuple) else [caption_channels]
+    if len(widths) > len(sources.encoders):
+        raise ValueError(
+            f"--text_encoder_name_2 is needed: {sources.transformer} takes two text encoders, caption_channels={widths}"
+        )
+    if len(widths) < len(sources.encoders):
+        say_unused(OpenSoraT2V_v1_3.__name__)
+    for encoder, width in zip(sources.encoders, widths, strict=False):
+        check_width(encoder, width, flag=encoder.flag)
 
 
 def _random_transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
     """A transformer that the registry makes, and a loud word about it."""
     assert sources.name is not None
     config = {"in_channels": vae.channels, "out_channels": vae.channels, "caption_channels": sources.encoder.width}
+    check_encoders(sources, sources.encoder.width)
     config |= latent_size(sources, registry.TWO_BILLION, vae.strides)
     say_once(
         f"--model {sources.name}: RANDOM WEIGHTS. No folder has this name and --model_path names none, so the network"
@@ -209,6 +236,8 @@ def _random_transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> An
     )
     with torch.random.fork_rng(devices=[]), init_empty_weights() if empty else nullcontext():
         torch.manual_seed(0)  # the same on every rank, and when a run goes on
+        if sources.upstream:
+            return upstream.build(sources.name, **config)
         return registry.Diffusion_models[sources.name](**config)
 
 

@@ -133,6 +133,11 @@ class Sources:
         return not distilled and not (self.folder / SAMPLER_FILE).exists()
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the transformer's weights are on the disk, and not made here."""
+        return self.transformer is not None
+
+    @property
     def encoders(self) -> list[EncoderFiles]:
         """The text encoders, one or two."""
         return [self.encoder] if self.encoder_2 is None else [self.encoder, self.encoder_2]
