@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -103,11 +104,15 @@ def import_rows() -> Rows:
     names = [module.name for module in pkgutil.walk_packages(package.__path__, "tdm_fast.")]
     names = [name for name in names if not re.search(r"^tdm_fast\.(_|kernels)", name)]
     for name in names:
-        row = attempt("imports", lambda name=name: str(importlib.import_module(name)), "pip install --upgrade tdm-fast")
+        row = attempt("imports", partial(_import, name), "pip install --upgrade --force-reinstall tdm-fast")
         if row.state == "failed":
             yield row._replace(says=f"{name}: {row.says}")
             return
     yield Row("imports", "ok", f"{len(names)} modules")
+
+
+def _import(name: str) -> str:
+    return importlib.import_module(name).__name__
 
 
 def version_rows() -> Rows:

@@ -232,10 +232,16 @@ def find_encoder(
         return _in_folder(folder, str(name), flag, kind, tokenizer)
     if folder.exists() or not is_hub_name(str(name)):
         raise ValueError(f"{flag} {name}: no such folder; it takes a folder with model and tokenizer, or a hub name")
-    with suppress(ValueError):  # what is not whole in the cache is completed below
-        if cached := _cached(str(name)):
-            return _in_folder(cached, str(name), flag, kind, tokenizer)
-    return _in_folder(_download(str(name), flag), str(name), flag, kind, tokenizer)
+    return _cached_encoder(str(name), flag, kind, tokenizer) or _in_folder(
+        _download(str(name), flag), str(name), flag, kind, tokenizer
+    )
+
+
+def needs_download(name: str | Path) -> bool:
+    """Whether `find_encoder` would ask the hub for it: no folder, nor whole in the cache on this machine."""
+    if Path(name).expanduser().exists() or not is_hub_name(str(name)):
+        return False
+    return _cached_encoder(str(name), "", None, None) is None
 
 
 def check_width(encoder: Encoder | EncoderFiles, caption_channels: int, *, flag: str = "--text_encoder_name_1") -> None:
@@ -334,6 +340,14 @@ def is_hub_name(name: str) -> bool:
     """Whether it could be a name on the hub, `owner/name` or `name`, rather than a path."""
     parts = name.split("/")
     return len(parts) <= 2 and all(part and part[0].isalnum() for part in parts)
+
+
+def _cached_encoder(name: str, flag: str, kind: Kind | None, tokenizer: Path | None) -> EncoderFiles | None:
+    """The encoder in the hub's cache on this machine; None where it is not whole, and is to be completed."""
+    with suppress(ValueError):
+        if cached := _cached(name):
+            return _in_folder(cached, name, flag, kind, tokenizer)
+    return None
 
 
 def _cached(name: str) -> Path | None:

@@ -8,6 +8,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ KERNELS = {
 }
 """Of torch's scaled_dot_product_attention, by the names that it gives them."""
 ATTENTION_PACKAGES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface", "xformers": "xformers"}
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+RTOL, ATOL = 1e-4, 1e-5
 """Between implementations of an op in float32, which add in different orders."""
 
 
@@ -61,9 +62,11 @@ def device_rows() -> Rows:
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         yield Row(f"cuda:{index}", "ok", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}")
     free = shutil.disk_usage(Path.cwd()).free
-    state = "ok" if free > LOW_DISK else "warn"
-    fix = "" if state == "ok" else "free some, or name an --output_dir on another disk"
-    yield Row("disk", state, f"{gigabytes(free)} free in {Path.cwd()}", fix)
+    says = f"{gigabytes(free)} free in {Path.cwd()}"
+    if free > LOW_DISK:
+        yield Row("disk", "ok", says)
+    else:
+        yield Row("disk", "warn", says, "free some, or name an --output_dir on another disk")
 
 
 def _cuda_row() -> Row:
@@ -104,7 +107,7 @@ def build_rows() -> Rows:
 def op_rows() -> Rows:
     """For each op what runs on each kind of tensors, and how far from its definition in torch that is."""
     for op in ops.__all__:
-        yield attempt(op, lambda op=op: "; ".join(_compared(op, device) for device in device_types()), _fix(op))
+        yield attempt(op, partial(_compared, op), _fix(op))
 
 
 def _fix(op: str) -> str:
@@ -121,7 +124,11 @@ def chosen(op: str, device: str) -> str:
         return _dispatch.choose(op, device)
 
 
-def _compared(op: str, device: str) -> str:
+def _compared(op: str) -> str:
+    return "; ".join(_compared_on(op, device) for device in device_types())
+
+
+def _compared_on(op: str, device: str) -> str:
     """What runs an op on a device and what it is off by. Raises ValueError for too much, and for what is not finite."""
     backend = chosen(op, device)
     ours, wanted = results(op, device, backend), results(op, device, "torch")
@@ -129,7 +136,7 @@ def _compared(op: str, device: str) -> str:
         raise ValueError(f"{device} tensors run {backend}, which gives numbers that are not finite")
     pairs = [(mine.double(), its.double()) for mine, its in zip(ours, wanted, strict=True)]
     error = max(float((mine - its).abs().max()) for mine, its in pairs)
-    if not all(torch.allclose(mine, its, **TOLERANCE) for mine, its in pairs):
+    if not all(torch.allclose(mine, its, rtol=RTOL, atol=ATOL) for mine, its in pairs):
         raise ValueError(f"{device} tensors run {backend}, whose numbers are {error:.1e} from those of the definition")
     if backend == "torch":
         return f"{device} tensors run {backend}, the definition"
@@ -154,17 +161,20 @@ def _calls(device: str) -> dict[str, Callable[..., Any]]:
         return torch.tensor(timesteps, device=device)
 
     t_gen, t_mid, t = at(899, 674), at(674, 449), at(744, 519)
-    step: dict[str, Any] = {"schedule": schedule, "t_gen": t_gen}
     return {
         "ode_step": lambda x, **k: ops.ode_step(*x[:2], schedule=schedule, t=t_gen, t_next=t_mid, **k),
-        "renoise": lambda x, **k: ops.renoise(*x[:2], **step, t_mid=t_mid, t=t, seed=0, iteration=0, **k),
+        "renoise": lambda x, **k: ops.renoise(
+            *x[:2], schedule=schedule, t_gen=t_gen, t_mid=t_mid, t=t, seed=0, iteration=0, **k
+        ),
         "pseudo_huber": lambda x, **k: ops.pseudo_huber(*x[:2], c=1e-3, **k),
         "fake_score_loss": lambda x, **k: ops.fake_score_loss(*x[:2], snr=at(1, 9).float(), **k),
         "fake_score_loss_from_outputs": lambda x, **k: ops.fake_score_loss_from_outputs(
             *x[:3], schedule=schedule, t=t, **k
         ),
         "tdm_loss": lambda x, **k: ops.tdm_loss(*x[:4], cfg=4.5, **k),
-        "tdm_loss_from_outputs": lambda x, **k: ops.tdm_loss_from_outputs(*x, **step, t=t, cfg=4.5, **k),
+        "tdm_loss_from_outputs": lambda x, **k: ops.tdm_loss_from_outputs(
+            *x, schedule=schedule, t_gen=t_gen, t=t, cfg=4.5, **k
+        ),
         "sample_intervals": lambda _, **k: ops.sample_intervals(
             8, num_steps=4, total_steps=900, seed=0, iteration=0, device=device, **k
         ),
@@ -202,13 +212,11 @@ def _runs(kernel: SDPBackend, device: str) -> bool:
 def model_rows() -> Rows:
     """The registry's names, and a small VAE and a small text encoder of each kind, random weights, run once."""
     yield attempt("registry", _registry, REINSTALL)
-    yield attempt("WFVAEModel", lambda: _round_trip(WFVAEWrapper, SMALL_WFVAE), REINSTALL)
-    yield attempt("CausalVAEModel", lambda: _round_trip(CausalVAEWrapper, SMALL_CAUSALVAE), REINSTALL)
+    yield attempt("WFVAEModel", partial(_round_trip, WFVAEWrapper, SMALL_WFVAE), REINSTALL)
+    yield attempt("CausalVAEModel", partial(_round_trip, CausalVAEWrapper, SMALL_CAUSALVAE), REINSTALL)
     for model_type in CLASSES:
         if model_type != "clip_text_model":  # the same class under its newer name
-            yield attempt(
-                f"{model_type} encoder", lambda kind=model_type: _encoded(kind), "pip install --upgrade transformers"
-            )
+            yield attempt(f"{model_type} encoder", partial(_encoded, model_type), "pip install --upgrade transformers")
 
 
 SMALL_WFVAE: dict[str, Any] = {

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,11 +19,13 @@ from safetensors import SafetensorError
 from tdm_fast.check import Row, Rows
 from tdm_fast.checkpoint import SaveError, checkpoints, inspect, locked
 from tdm_fast.config import TrainConfig, parse_train
-from tdm_fast.encoders import EncoderFiles
+from tdm_fast.encoders import EncoderFiles, needs_download, offline_reason
 from tdm_fast.evaluate import check_evaluator
 from tdm_fast.memory import gigabytes
+from tdm_fast.models import upstream
 from tdm_fast.models.loading import Pipeline, load_parts, weight_checks
 from tdm_fast.models.sources import SAMPLER_FILE, Sources
+from tdm_fast.prompt_store import check_cache, identity
 from tdm_fast.ranks import Ranks
 from tdm_fast.sizing import checkpoint_bytes, refuse_what_cannot_fit
 from tdm_fast.text import PromptCache
@@ -55,13 +59,21 @@ def parse(arguments: Sequence[str]) -> TrainConfig | ValueError:
         return error
 
 
-def find(name: str, fix: str, work: Callable[[], T], says: Callable[[T], str] = str) -> tuple[Row, T | None]:
-    """Do `work`; the row says of its value what `says` does, or a refused one has the message, with `fix`."""
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """A row, and what was found on the way to it; None where that failed."""
+
+    row: Row
+    value: T | None
+
+
+def find(name: str, fix: str, work: Callable[[], T], says: Callable[[T], str] = str) -> Found[T]:
+    """Do `work`; the row says of its value what `says` does; a refused one has train's message, with `fix`."""
     try:
         value = work()
-        return Row(name, "ok", says(value)), value
+        return Found(Row(name, "ok", says(value)), value)
     except REFUSALS as error:
-        return Row(name, "failed", str(error), fix), None
+        return Found(Row(name, "failed", str(error), fix), None)
 
 
 def rows(config: TrainConfig | ValueError) -> Rows:
@@ -69,36 +81,51 @@ def rows(config: TrainConfig | ValueError) -> Rows:
     if isinstance(config, ValueError):
         yield Row("flags", "failed", str(config), "tdm-fast train --help says what each flag takes")
         return
-    row, device = find("flags", "--device auto --report_to tensorboard always do", lambda: check_flags(config))
-    yield row
-    yield find("batch", "a --train_batch_size that divides", lambda: _batch(config))[0]
-    row, sources = find("teacher", COPY, lambda: Sources.of_flags(config.model), lambda found: str(found.folder))
-    yield row
-    row, prompts = find("prompts", "--prompts FILE", lambda: prompts_of(config), lambda found: f"{len(found)} prompts")
-    yield row
-    yield find("run's folder", "--output_dir FOLDER", lambda: _output(config, prompts or []))[0]
-    if sources is None:
+    device = find("flags", "--device auto and --report_to tensorboard always do", lambda: check_flags(config))
+    yield device.row
+    yield find("batch", "a --train_batch_size that divides", lambda: _batch(config)).row
+    prompts = find("prompts", "--prompts FILE", lambda: prompts_of(config), lambda found: f"{len(found)} prompts")
+    yield prompts.row
+    yield find("run's folder", "--output_dir FOLDER", lambda: _output(config, prompts.value)).row
+    if (download := _download(config)) is not None:
+        yield download
         return
-    whole = True
-    for part, check in weight_checks(sources).items():
-        row, _ = find(part, COPY, lambda check=check, part=part: check() or f"{sources.folders[part]}")
-        whole = whole and row.state == "ok"
-        yield row
-    yield find("guidance", "--cfg 1, or a teacher that is not distilled", lambda: _guidance(config, sources))[0]
-    row, teacher = find("fit", "parts of one model", lambda: _meta(sources), lambda found: _size(found))
-    yield row
-    if teacher is None or not whole:
+    sources = find("teacher", COPY, lambda: Sources.of_flags(config.model), lambda found: str(found.folder))
+    yield sources.row
+    if sources.value is not None:
+        yield from part_rows(config, sources.value, prompts.value, device.value)
+
+
+def part_rows(
+    config: TrainConfig, sources: Sources, prompts: Sequence[str] | None, device: torch.device | None
+) -> Rows:
+    """The rows of a teacher whose parts are there: whether each is whole, whether they fit, what a run with it takes."""
+    if sources.upstream:
+        yield find("opensora", "--opensora_source native", upstream.registries, lambda _: "its registries import").row
+    yield find("guidance", "--cfg 1, or a teacher that is not distilled", lambda: _guidance(config, sources)).row
+    checks = [find(part, COPY, check, partial(_place, sources, part)) for part, check in weight_checks(sources).items()]
+    yield from (check.row for check in checks)
+    found = find("fit", "parts of one model", lambda: _meta(sources), _size)
+    yield found.row
+    if found.value is None or any(check.row.state == "failed" for check in checks):
         return
-    yield find("trajectory", "--num_steps, --total_steps, --nodes", lambda: config.tdm.check(teacher.schedule))[0]
-    fix = "--video_sizes of whole latents and patches"
-    row, shapes = find("latents", fix, lambda: latent_shapes(config, teacher), _listed)
-    yield row
+    teacher = found.value
+    yield find("trajectory", "--num_steps, --total_steps, --nodes", lambda: config.tdm.check(teacher.schedule)).row
+    shapes = find("latents", "--video_sizes that divide", lambda: latent_shapes(config, teacher), _listed)
+    yield shapes.row
     if config.run.num_eval_videos:
-        yield find("evaluator", "--num_eval_videos 0", lambda: check_evaluator(teacher), _evaluator)[0]
-    row, cache = find("tokens", "the encoder's own tokenizer", lambda: _cache(config, sources, prompts or []), _tokens)
-    yield row
-    if device is not None and shapes and prompts and cache is not None:
-        yield _memory(config, teacher, cache, shapes, device)
+        yield find("evaluator", "--num_eval_videos 0", lambda: check_evaluator(teacher), _evaluator).row
+    if (folder := config.model.prompt_cache) is not None:  # which hashes the encoder, as the run does
+        fix = "tdm-fast encode fills one with these encoders"
+        yield find(
+            "prompt cache", fix, lambda: check_cache(folder, identity(sources.encoders)), "{} prompts".format
+        ).row
+    if prompts is None:
+        return
+    cache = find("tokens", "the encoder's own tokenizer", lambda: _cache(config, sources, prompts), _tokens)
+    yield cache.row
+    if device is not None and shapes.value is not None and cache.value is not None:
+        yield _memory(config, teacher, cache.value, shapes.value, device)
         yield _disk(config, sources, teacher, device)
 
 
@@ -110,14 +137,32 @@ def _batch(config: TrainConfig) -> str:
     return f"{config.optimiser.train_batch_size}, as one process has it"
 
 
+def _download(config: TrainConfig) -> Row | None:
+    """A warning where the run would first download an encoder, which is not done here; None where nothing is."""
+    model = config.model
+    names = {"--text_encoder_name_1": model.text_encoder_name_1, "--text_encoder_name_2": model.text_encoder_name_2}
+    for flag, name in names.items():
+        if name is not None and needs_download(name) and offline_reason("model", name) is None:
+            says = f"{flag} {name} would be downloaded first; nothing after it is checked"
+            return Row("teacher", "warn", says, f"hf download {name}, then check again")
+    return None
+
+
 def _guidance(config: TrainConfig, sources: Sources) -> str:
     check_teacher(config, sources)
     return f"{config.tdm.cfg:g}"
 
 
+def _place(sources: Sources, part: str, _: object) -> str:
+    return str(sources.folders[part])
+
+
 def _meta(sources: Sources) -> Pipeline:
-    """The teacher with its networks on the meta device; a student's adapter needs the weights that it is added to."""
-    empty = {"vae", "text_encoder"}
+    """The teacher with its networks on the meta device; a student's adapter needs the weights that it is added to.
+
+    Upstream's transformer has the sizes of ours, which need no weights.
+    """
+    sources, empty = replace(sources, upstream=False), {"vae", "text_encoder"}
     return load_parts(sources, empty=empty if (sources.folder / SAMPLER_FILE).exists() else empty | {"transformer"})
 
 
@@ -135,7 +180,7 @@ def _evaluator(evaluator: object) -> str:
     return "none, so the student is not measured" if evaluator is None else "measures the student"
 
 
-def _output(config: TrainConfig, prompts: Sequence[str]) -> str:
+def _output(config: TrainConfig, prompts: Sequence[str] | None) -> str:
     """Whether the run's folder can be written, is free, and holds nothing but this run's checkpoints."""
     folder = config.run.output_dir
     there = _existing(folder)
@@ -149,7 +194,10 @@ def _output(config: TrainConfig, prompts: Sequence[str]) -> str:
         return f"{folder}, from the beginning"
     found = inspect(path, part=-1)  # the sizes of all files; their contents are read when the run goes on
     check_resumable(found, config)
-    refuse_another_runs(found, own_flags(config, prompts), free_flags(config))
+    mine = own_flags(config, prompts or [])
+    if prompts is None:  # what they are has failed already
+        del mine["prompts"]
+    refuse_another_runs(found, mine, free_flags(config))
     return f"goes on from {path}"
 
 
@@ -189,12 +237,11 @@ def _memory(
     """What the run will hold, as it computes it itself."""
     if config.optimiser.train_batch_size == "auto":
         return Row("memory", "ok", "decides the batch when the run begins")
-    row, _ = find(
+    return find(
         "memory",
         "--train_batch_size, --activation_checkpointing, --roles lora; or several ranks, which share it",
         lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, Ranks(device=device)),
-    )
-    return row
+    ).row
 
 
 def _disk(config: TrainConfig, sources: Sources, teacher: Pipeline, device: torch.device) -> Row:
