@@ -99,7 +99,7 @@ def rows(config: TrainConfig | ValueError) -> Rows:
 def part_rows(
     config: TrainConfig, sources: Sources, prompts: Sequence[str] | None, device: torch.device | None
 ) -> Rows:
-    """The rows of a teacher whose parts are there: whether each is whole, whether they fit, what a run with it takes."""
+    """The rows of a teacher whose parts are there: whether each is whole, whether they fit, what the run takes."""
     if sources.upstream:
         yield find("opensora", "--opensora_source native", upstream.registries, lambda _: "its registries import").row
     yield find("guidance", "--cfg 1, or a teacher that is not distilled", lambda: _guidance(config, sources)).row
