@@ -264,8 +264,8 @@ def parse_train(arguments: Sequence[str], *, prog: str = "tdm-fast train") -> Tr
     if named.config and not named.config.is_file():
         raise ValueError(f"--config {named.config}: no such file; it takes a YAML file with flags' names as keys")
     chosen = _read_yaml(named.config) if named.config else {}
-    places = {name: getattr(named, name) or chosen.get(name) for name in ("model", "model_path")}
-    places = {name: Path(place) for name, place in places.items() if place}
+    wished = {name: getattr(named, name) or chosen.get(name) for name in ("model", "model_path")}
+    places: dict[str, Any] = {name: Path(place) for name, place in wished.items() if place}
     folder = ModelConfig(**places).folder
     defaults = _read_yaml(folder / DEFAULTS_FILE) if folder and (folder / DEFAULTS_FILE).is_file() else {}
     given = [*_yaml_arguments(defaults | chosen), *others]

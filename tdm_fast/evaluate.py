@@ -21,7 +21,9 @@ from tdm_fast.config import BUNDLED_TEACHER
 from tdm_fast.evaluator import ShapesEvaluator, all_correct, frechet_interval, moments
 from tdm_fast.models.loading import METRICS_FILE, Pipeline, load_metrics, load_pipeline
 from tdm_fast.models.networks import check_weights, load_network
-from tdm_fast.sample import best_guidance, check_guidance, choose_timesteps, generate, trailing_timesteps
+from tdm_fast.pipeline import choose_timesteps
+from tdm_fast.sample import best_guidance, check_guidance, generate
+from tdm_fast.samplers import trailing_timesteps
 from tdm_fast.text import PromptCache
 
 NUM_VIDEOS = 4 * tiny_shapes.NUM_PROMPTS

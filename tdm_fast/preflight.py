@@ -86,7 +86,7 @@ def rows(config: TrainConfig | ValueError) -> Rows:
     yield find("batch", "a --train_batch_size that divides", lambda: _batch(config)).row
     prompts = find("prompts", "--prompts FILE", lambda: prompts_of(config), lambda found: f"{len(found)} prompts")
     yield prompts.row
-    yield find("run's folder", "--output_dir FOLDER", lambda: _output(config, prompts.value)).row
+    yield find("run's folder", "--output_dir FOLDER", lambda: _output(config)).row
     if (download := _download(config)) is not None:
         yield download
         return
@@ -122,6 +122,9 @@ def part_rows(
         ).row
     if prompts is None:
         return
+    if (path := _checkpoint(config)) is not None:
+        fix = "another --output_dir begins anew"
+        yield find("checkpoint", fix, lambda: _resume(config, path, prompts, teacher)).row
     cache = find("tokens", "the encoder's own tokenizer", lambda: _cache(config, sources, prompts), _tokens)
     yield cache.row
     if device is not None and shapes.value is not None and cache.value is not None:
@@ -180,8 +183,8 @@ def _evaluator(evaluator: object) -> str:
     return "none, so the student is not measured" if evaluator is None else "measures the student"
 
 
-def _output(config: TrainConfig, prompts: Sequence[str] | None) -> str:
-    """Whether the run's folder can be written, is free, and holds nothing but this run's checkpoints."""
+def _output(config: TrainConfig) -> str:
+    """Whether the run's folder can be written and no other run is in it."""
     folder = config.run.output_dir
     there = _existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -190,15 +193,23 @@ def _output(config: TrainConfig, prompts: Sequence[str] | None) -> str:
     if there == folder:
         with locked(folder):
             pass
-    if path is None:
-        return f"{folder}, from the beginning"
+    return f"{folder}, " + ("from the beginning" if path is None else f"going on from {path}")
+
+
+def _checkpoint(config: TrainConfig) -> Path | None:
+    """What the run would go on from; None also where that is refused, which another row says."""
+    try:
+        return path_to_resume(config)
+    except ValueError:
+        return None
+
+
+def _resume(config: TrainConfig, path: Path, prompts: Sequence[str], teacher: Pipeline) -> str:
+    """Whether the checkpoint to go on from is whole and this run's."""
     found = inspect(path, part=-1)  # the sizes of all files; their contents are read when the run goes on
     check_resumable(found, config)
-    mine = own_flags(config, prompts or [])
-    if prompts is None:  # what they are has failed already
-        del mine["prompts"]
-    refuse_another_runs(found, mine, free_flags(config))
-    return f"goes on from {path}"
+    refuse_another_runs(found, own_flags(config, prompts, teacher), free_flags(config))
+    return str(path)
 
 
 def _existing(folder: Path) -> Path:

@@ -25,7 +25,8 @@ from tdm_fast.evaluate import (
 )
 from tdm_fast.evaluator import ShapesEvaluator
 from tdm_fast.models.loading import METRICS_FILE, Pipeline, load_metrics
-from tdm_fast.sample import generate, trailing_timesteps
+from tdm_fast.sample import generate
+from tdm_fast.samplers import trailing_timesteps
 from tdm_fast.text import PromptCache
 from tdm_fast.video import captioned, enlarge, grid, to_uint8, write_video
 

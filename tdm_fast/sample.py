@@ -1,4 +1,4 @@
-"""Sampling: the deterministic few-step trajectory of a student, and the guided many-step one of a teacher."""
+"""Sampling from the command line, and clips of cached prompts for whoever measures or shows them."""
 
 from __future__ import annotations
 
@@ -6,56 +6,21 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tdm_fast.config import BUNDLED_TEACHER
-from tdm_fast.models.denoiser import Conditioning, Denoiser
 from tdm_fast.models.loading import Pipeline, load_metrics, load_pipeline
-from tdm_fast.ops import ode_step
 from tdm_fast.philox import randn
+from tdm_fast.pipeline import OpenSoraPipeline, choose_timesteps, step_generators, upstream_pipeline
+from tdm_fast.prompts import read_prompts
+from tdm_fast.samplers import FEW_STEP, make_scheduler
+from tdm_fast.step import resolve_device
 from tdm_fast.text import PromptCache
 from tdm_fast.video import SUFFIXES, captioned, enlarge, grid, to_uint8, write_video
-
-
-def trailing_timesteps(num_steps: int, num_train_timesteps: int) -> list[int]:
-    """`num_steps` timesteps spaced evenly and descending from the last one ("trailing", arXiv 2305.08891)."""
-    if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(f"--num_steps {num_steps}: it takes 1 to {num_train_timesteps}")
-    return [round(num_train_timesteps * (1 - i / num_steps)) - 1 for i in range(num_steps)]
-
-
-@torch.no_grad()
-def sample_latents(
-    denoiser: Denoiser,
-    latents: Tensor,
-    timesteps: Sequence[int],
-    conditioning: Conditioning,
-    negative: Conditioning | None = None,
-    guidance: float = 1.0,
-) -> Tensor:
-    """Follow the deterministic trajectory through `timesteps` (descending) from pure noise to x0.
-
-    latents: `[B, ...]` from N(0, I). With `guidance` other than 1 every step also runs the negative conditioning, in
-    the same call, and extrapolates (classifier-free guidance, arXiv 2207.12598). Returns x0 `[B, ...]`.
-    """
-    both = Conditioning.cat([negative, conditioning]) if negative is not None and guidance != 1 else None
-    for t, t_next in pairwise([*timesteps, -1]):
-        step = torch.full((len(latents),), t, device=latents.device)
-        if both is None:
-            output = denoiser(latents, step, conditioning)
-        else:
-            unconditional, conditional = denoiser(
-                latents.repeat(2, *[1] * (latents.ndim - 1)), step.repeat(2), both
-            ).chunk(2)
-            output = torch.lerp(unconditional, conditional, guidance)
-        following = torch.full_like(step, t_next)
-        latents = ode_step(latents, output, schedule=denoiser.schedule, t=step, t_next=following)
-    return latents
 
 
 def generate(
@@ -73,52 +38,64 @@ def generate(
     Clip n's noise is a function of (seed, n) alone, so two models given the same seed start from the same noise, and
     the chunk size does not matter. Computed on the pipeline's device, returned as float32 on the CPU.
     """
-    device = pipeline.device
+    sampler = OpenSoraPipeline.of(pipeline)
+    sampler.set_progress_bar_config(disable=True)
+    return in_batches(sampler, cache, indices, batch_size, timesteps=timesteps, guidance_scale=guidance, seed=seed)
+
+
+def in_batches(
+    pipeline: OpenSoraPipeline, cache: PromptCache, indices: Sequence[int], batch_size: int, **arguments: Any
+) -> Iterator[Tensor]:
+    """Clips `[b, T, 3, H, W]`, about in [-1, 1], float32 on the CPU; `arguments`, a seed among them, are the call's."""
     for offset in range(0, len(indices), batch_size):
         chunk = indices[offset : offset + batch_size]
-        noise = randn(len(chunk), pipeline.latent_shape, seed=seed, sample_offset=offset, device=device)
-        negative, conditioning = cache.negatives(len(chunk)).to(device), cache.batch(chunk).to(device)
-        latents = sample_latents(pipeline.denoiser, noise, timesteps, conditioning, negative, guidance)
-        with torch.no_grad():
-            clips = pipeline.vae.decode(latents).float().cpu()
-        yield clips  # outside of the block, which would otherwise hold for the caller as well
+        texts: dict[str, Any] = {
+            "conditioning": cache.batch(chunk),
+            "negative_conditioning": cache.negatives(len(chunk)),
+        }
+        latents = pipeline(**texts, sample_offset=offset, output_type="latent", **arguments).videos
+        yield pipeline.decode(latents).float().cpu()
 
 
 @dataclass(kw_only=True)
 class SampleConfig:
     """What `tdm-fast sample` makes."""
 
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """One or more prompts; several are set side by side."""
+    prompts: Path | None = None
+    """File of prompts instead, one a line."""
     model: Path = BUNDLED_TEACHER
     """Folder of a student or a teacher; the bundled teacher if none is named."""
+    scheduler: Literal["few-step", "ddpm", "ddim", "euler", "euler-ancestral", "dpm++"] = "few-step"
+    """`few-step`: the deterministic trajectory, through a student's own timesteps, or evenly spaced ones for a teacher.
+    The others are diffusers' schedulers with the model's noise levels."""
     num_steps: int | None = None
     """Network calls: a student's own number, or 50 for a teacher, if not given."""
     guidance: float | None = None
     """Classifier-free guidance; 1 turns it off. 1 for a student, a teacher's measured best if its folder has one."""
+    guidance_rescale: float = 0.0
+    """How far to take guided outputs back to the deviation without guidance, 0 (not at all) to 1."""
+    num_frames: int | None = None
+    """Frames of a video; the model's own number if not given."""
+    height: int | None = None
+    """Its height in pixels, likewise."""
+    width: int | None = None
+    """Its width in pixels, likewise."""
     seed: int = 0
     """Seed of the noise."""
     negative_prompt: str = ""
     """What guidance leads away from."""
+    batch_size: int = 48
+    """Videos that are made at once."""
+    enable_tiling: bool = False
+    """Decode in pieces of time: less memory for long videos."""
+    device: str = "auto"
+    """`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one."""
+    opensora_source: Literal["native", "upstream"] = "native"
+    """Whose pipeline runs: this project's, or the one of the package `opensora`, which has no few-step sampler."""
     output: Path = Path("sample.mp4")
     """File to write: .mp4, .gif or .png (the frames side by side)."""
-
-
-def choose_timesteps(pipeline: Pipeline, num_steps: int | None) -> list[int]:
-    """A student's own nodes, or `num_steps` (50 if None) trailing timesteps for a teacher. A student of several numbers
-    of steps becomes that of `num_steps`.
-
-    Raises ValueError when a student is asked for a number of steps that it was not trained for.
-    """
-    if pipeline.timesteps is None:
-        return trailing_timesteps(50 if num_steps is None else num_steps, pipeline.schedule.num_train_timesteps)
-    if pipeline.trajectories and num_steps is not None:
-        pipeline.set_num_steps(num_steps)  # a student of several, which has to be told
-    elif num_steps not in (None, len(pipeline.timesteps)):
-        raise ValueError(
-            f"--num_steps {num_steps}: {pipeline.folder} holds a student of {len(pipeline.timesteps)} steps"
-        )
-    return list(pipeline.timesteps)
 
 
 def best_guidance(pipeline: Pipeline, num_steps: int) -> float:
@@ -139,20 +116,73 @@ def sample(config: SampleConfig) -> None:
     """Sample the prompts and write the file. Raises ValueError for what cannot work, before any network runs."""
     if config.output.suffix not in SUFFIXES:
         raise ValueError(f"--output {config.output}: it takes a name that ends in {', '.join(SUFFIXES)}")
-    if not config.prompt or not all(prompt.strip() for prompt in config.prompt):
-        raise ValueError("--prompt: it takes at least one prompt, none of them empty")
+    prompts = prompts_of(config)
     check_guidance(config.guidance)
-    pipeline = load_pipeline(config.model)
-    timesteps = choose_timesteps(pipeline, config.num_steps)
-    guidance = best_guidance(pipeline, len(timesteps)) if config.guidance is None else config.guidance
-    warn_unknown_words(pipeline.tokenizer, config.prompt)
-    cache = PromptCache.encode(
-        config.prompt, pipeline.tokenizer, pipeline.text_encoder, negative_prompt=config.negative_prompt
-    )
-    chunks = generate(pipeline, cache, range(len(cache)), timesteps, guidance=guidance, seed=config.seed)
-    clips = [enlarge(to_uint8(clip), 4) for chunk in chunks for clip in chunk]
-    write_video(config.output, grid([[captioned(clip, text) for clip, text in zip(clips, cache.prompts, strict=True)]]))
-    print(f"{config.output}: {len(clips)} video(s), {len(timesteps)} steps, guidance {guidance:g}")
+    if not 0 <= config.guidance_rescale <= 1:
+        raise ValueError(f"--guidance_rescale {config.guidance_rescale}: it takes 0 (none) to 1")
+    if config.batch_size < 1:
+        raise ValueError(f"--batch_size {config.batch_size}: it takes a whole number from 1 up")
+    if config.opensora_source == "upstream" and config.scheduler == FEW_STEP:
+        raise ValueError("--opensora_source upstream: its pipeline has no few-step sampler; name another --scheduler")
+    model = load_pipeline(config.model).to(resolve_device(config.device))
+    few_step = config.scheduler == FEW_STEP
+    pipeline = OpenSoraPipeline.of(model, None if few_step else make_scheduler(config.scheduler, model.scheduler))
+    timesteps = choose_timesteps(model, config.num_steps) if few_step else None
+    num_steps = len(pipeline.sampler(config.num_steps, timesteps).timesteps)
+    arguments: dict[str, Any] = {
+        "num_frames": config.num_frames,
+        "height": config.height,
+        "width": config.width,
+        "num_inference_steps": num_steps,
+        "guidance_scale": best_guidance(model, num_steps) if config.guidance is None else config.guidance,
+        "guidance_rescale": config.guidance_rescale,
+    }
+    pipeline.latent_shape(config.num_frames, config.height, config.width)
+    if config.enable_tiling:
+        pipeline.enable_vae_tiling()
+    warn_unknown_words(model.tokenizer, prompts)
+    if config.opensora_source == "upstream":
+        chunks = with_upstream(pipeline, prompts, config, arguments)
+    else:
+        pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only where someone can watch it
+        cache = PromptCache.encode(prompts, model.tokenizer, model.text_encoder, negative_prompt=config.negative_prompt)
+        arguments |= {"timesteps": timesteps, "seed": config.seed}
+        chunks = in_batches(pipeline, cache, range(len(cache)), config.batch_size, **arguments)
+    clips = [clip if clip.dtype == torch.uint8 else to_uint8(clip) for chunk in chunks for clip in chunk]
+    factor = max(1, min(4, 512 // max(clips[0].shape[1:3])))  # small videos are hard to see
+    rows = [captioned(enlarge(clip, factor), text) for clip, text in zip(clips, prompts, strict=True)]
+    write_video(config.output, grid([rows]))
+    print(f"{config.output}: {len(clips)} video(s), {num_steps} steps, guidance {arguments['guidance_scale']:g}")
+
+
+def prompts_of(config: SampleConfig) -> list[str]:
+    """What `--prompt` or `--prompts` say. Raises ValueError for both, neither, and empty prompts."""
+    if config.prompts is not None and config.prompt:
+        raise ValueError(f"--prompts {config.prompts}: --prompt names prompts as well; leave one out")
+    prompts = read_prompts(config.prompts) if config.prompts is not None else list(config.prompt)
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("--prompt: it takes at least one prompt, none of them empty")
+    return prompts
+
+
+def with_upstream(
+    pipeline: OpenSoraPipeline, prompts: Sequence[str], config: SampleConfig, arguments: dict[str, Any]
+) -> Iterator[Tensor]:
+    """Clips uint8 `[b, T, H, W, 3]` by the upstream package's pipeline, from the noise that ours would start from."""
+    upstream = upstream_pipeline(pipeline)
+    shape = pipeline.latent_shape(config.num_frames, config.height, config.width)
+    time, *space = pipeline.vae_wrapper.strides  # the pipeline looks for the model's size under other names
+    height, width = (latents * stride for latents, stride in zip(shape[2:], space, strict=True))
+    arguments = {**arguments, "num_frames": (shape[1] - 1) * time + 1, "height": height, "width": width}
+    for offset in range(0, len(prompts), config.batch_size):
+        chunk = list(prompts[offset : offset + config.batch_size])
+        yield upstream(
+            prompt=chunk,
+            negative_prompt=[config.negative_prompt] * len(chunk),
+            latents=randn(len(chunk), shape, seed=config.seed, sample_offset=offset, device=pipeline.device),
+            generator=step_generators(config.seed, len(chunk), offset),
+            **arguments,
+        ).videos
 
 
 def warn_unknown_words(tokenizer: Any, prompts: Sequence[str]) -> None:

@@ -50,6 +50,7 @@ from tdm_fast.metering import (
     report,
     speed,
 )
+from tdm_fast.models import upstream
 from tdm_fast.models.loading import Pipeline, load_parts
 from tdm_fast.models.sources import Sources
 from tdm_fast.preemption import Preempted, Preemption
@@ -73,9 +74,10 @@ FREE_FLAGS = {
     "num_eval_videos", "logging_steps", "max_skipped_steps", "report_to", "profile", "lora_save", "sharding",
     "shard_size", "context_parallel", "reshard_after_forward", "gradient_accumulation_steps",
 }  # fmt: skip
-# Flags that say where the teacher's parts are; the parts' contents count.
+# Flags that say where the teacher's parts are and what size it is; what counts is what comes of them.
 PLACES = {
-    "model_path", "ae", "ae_path", "text_encoder_name_1", "text_encoder_name_2", "opensora_source", "prompt_cache",
+    "model_path", "ae", "ae_path", "text_encoder_name_1", "text_encoder_name_2", "num_frames", "max_height",
+    "max_width", "opensora_source", "prompt_cache",
 }  # fmt: skip
 # Flags that it may change when it names the checkpoint to go on from: what helps one that diverged.
 TUNED_FLAGS = ("learning_rate", "student_learning_rate", "max_grad_norm")
@@ -164,7 +166,7 @@ def run(
     shapes = latent_shapes(config, teacher)
     found = checkpoint_to_resume(config, store)
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None)
-    mine = store.on_main(lambda: identity(config, cache, teacher.sources))
+    mine = store.on_main(lambda: identity(config, cache, teacher))
     if found is not None:
         refuse_another_runs(found, mine, free_flags(config))
     expected = store.on_main(lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, ranks))
@@ -205,10 +207,10 @@ def run(
     )
     if empty:  # it is looked at beside the student
         teacher = load_parts(teacher.sources, empty={"text_encoder"}).to(ranks.device)
-    if yardstick is not None:  # whose prompts are tiny-shapes'
-        for pipeline in (teacher, student):
-            pipeline.load_text_encoder()
     adopt(student, state, config, found_student)
+    if yardstick is not None:  # whose prompts are tiny-shapes', whatever the run's are
+        teacher.load_text_encoder()
+        student.tokenizer, student.text_encoder = teacher.tokenizer, teacher.text_encoder
     metrics = finish(output, teacher, student, cache, yardstick, config.run.num_eval_videos)
     metrics |= {
         "iterations": state.iteration,
@@ -223,7 +225,8 @@ def adopt(student: Pipeline, state: State, config: TrainConfig, found: Collected
     """Have `student` sample with what the run has made of its network so far."""
     k = config.tdm.num_steps if config.tdm.unify else None
     network = state.networks.student_network(found.weights, num_steps=k, base=found.base)
-    student.denoiser.model = network.to(state.device)
+    student.denoiser.model = upstream.runnable(network) if student.sources.upstream else network
+    student.denoiser.model.to(state.device)
 
 
 class Watch:
@@ -383,16 +386,19 @@ def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str], ran
     return cache
 
 
-def identity(config: TrainConfig, cache: PromptCache, sources: Sources) -> dict[str, Any]:
+def identity(config: TrainConfig, cache: PromptCache, teacher: Pipeline) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to: flags, with files' contents in place of their paths."""
-    teacher = sources.digest("transformer", "scheduler", "text_encoder", "tokenizer")
-    return own_flags(config, cache.prompts) | {"model": f"sha256:{teacher}"}
+    contents = teacher.sources.digest("transformer", "scheduler", "text_encoder", "tokenizer")
+    return own_flags(config, cache.prompts, teacher) | {"model": f"sha256:{contents}"}
 
 
-def own_flags(config: TrainConfig, prompts: Sequence[str]) -> dict[str, Any]:
-    """The part of a run's identity that is known without reading its teacher."""
+def own_flags(config: TrainConfig, prompts: Sequence[str], teacher: Pipeline) -> dict[str, Any]:
+    """The part of a run's identity that is known without reading its teacher's weights."""
     flags = {name: value for name, value in config.flat().items() if name not in FREE_FLAGS | PLACES | {"model"}}
-    return flags | {"prompts": f"sha256:{fingerprint(prompts)}"}
+    return flags | {
+        "prompts": f"sha256:{fingerprint(prompts)}",
+        "latents": None if teacher.has_own_size else "x".join(map(str, teacher.latent_shape)),
+    }
 
 
 def checkpoint_to_resume(config: TrainConfig, store: Checkpoints) -> Checkpoint | None:

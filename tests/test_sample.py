@@ -19,8 +19,10 @@ from tdm_fast import sample as module
 from tdm_fast.models.denoiser import Conditioning, count_forwards
 from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
 from tdm_fast.philox import randn
-from tdm_fast.sample import SampleConfig, best_guidance, choose_timesteps, generate, sample, sample_latents
-from tdm_fast.sample import trailing_timesteps as trailing
+from tdm_fast.pipeline import choose_timesteps
+from tdm_fast.sample import SampleConfig, best_guidance, generate, sample
+from tdm_fast.samplers import sample_latents
+from tdm_fast.samplers import trailing_timesteps as trailing
 from tdm_fast.text import PromptCache
 from tdm_fast.video import captioned
 
@@ -199,14 +201,24 @@ def test_words_that_the_model_does_not_know_are_named(
         ({"output": Path("clip.avi")}, "--output clip.avi: it takes a name that ends in"),
         ({"prompt": ()}, "--prompt: it takes at least one"),
         ({"prompt": ("red", " ")}, "--prompt: it takes at least one prompt, none of them empty"),
+        ({"prompts": Path("list.txt")}, "--prompts list.txt: --prompt names prompts as well; leave one out"),
         ({"num_steps": 0}, "--num_steps 0: it takes 1 to 1000"),
+        ({"num_steps": 1001, "scheduler": "ddpm"}, "num_inference_steps is 1001; it takes 1 to 1000"),
+        ({"num_frames": 7}, r"num_frames is 7; it comes as 1 \+ n·4, so 5 or 9 would do"),
+        ({"height": 40}, "height is 40; it comes as multiples of 16, so 32 or 48 would do"),
+        ({"width": 8}, "width is 8; it comes as multiples of 16, so 16 would do"),
+        ({"guidance": float("nan")}, "--guidance nan: it takes a finite number"),
+        ({"guidance_rescale": 1.5}, r"--guidance_rescale 1.5: it takes 0 \(none\) to 1"),
+        ({"batch_size": 0}, "--batch_size 0: it takes a whole number from 1 up"),
+        ({"device": "tpu"}, "--device tpu: it takes auto, cpu, cuda"),
+        ({"opensora_source": "upstream"}, "its pipeline has no few-step sampler; name another --scheduler"),
         ({"model": Path("no/such/folder")}, "no/such/folder: no such folder"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_network_runs(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object], says: str
 ) -> None:
-    monkeypatch.setattr(module, "sample_latents", lambda *_: pytest.fail("a network ran"))
+    monkeypatch.setattr(module.PromptCache, "encode", lambda *_, **__: pytest.fail("a network ran"))
     given = {"prompt": ("red",), "model": tiny_teacher, "output": tmp_path / "clip.png", **values}
     with pytest.raises(ValueError, match=says):
         sample(SampleConfig(**given))

@@ -126,6 +126,7 @@ def test_whose_word_on_the_size_counts(parts: Path, tmp_path: Path, capsys: pyte
         return load_parts(sources(parts, model_path=transformer, **flags), empty=("text_encoder",)).latent_shape[1:]
 
     assert shape() == (2, 4, 4) and "note" not in capsys.readouterr().err
+    assert load_parts(sources(parts)).has_own_size and not load_parts(sources(parts, num_frames=9)).has_own_size
     assert shape(**UNSIZED, model="OpenSoraT2V_v1_3") == (2, 4, 4) and "note" not in capsys.readouterr().err
     assert shape(**UNSIZED) == (2, 4, 4)
     assert "num_frames 5, not 93 and max_height 32, not 640 and max_width 32, not 640" in capsys.readouterr().err
@@ -140,11 +141,11 @@ def test_whose_word_on_the_size_counts(parts: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"num_frames": 92}, r"--num_frames 92: it comes as 1 \+ n·4, so 89 or 93 would do"),
-        ({"num_frames": 0}, r"--num_frames 0: .* so 1 would do"),
-        ({"max_height": 650}, "--max_height 650: it comes as multiples of 16, so 640 or 656 would do"),
-        ({"max_width": 8}, "--max_width 8: it comes as multiples of 16, so 16 would do"),
-        ({"max_width": -16}, "--max_width -16: .* so 16 would do"),
+        ({"num_frames": 92}, r"--num_frames is 92; it comes as 1 \+ n·4, so 89 or 93 would do"),
+        ({"num_frames": 0}, r"--num_frames is 0; .* so 1 would do"),
+        ({"max_height": 650}, "--max_height is 650; it comes as multiples of 16, so 640 or 656 would do"),
+        ({"max_width": 8}, "--max_width is 8; it comes as multiples of 16, so 16 would do"),
+        ({"max_width": -16}, "--max_width is -16; .* so 16 would do"),
     ],
 )
 def test_sizes_that_do_not_divide(parts: Path, flags: dict[str, int], says: str) -> None:
@@ -157,7 +158,7 @@ def test_a_presets_size_has_to_divide_too(parts: Path, tmp_path: Path) -> None:
     edit_json(transformer / "config.json", sample_size_h=None)
     found = sources(parts, model="OpenSoraT2V_v1_3_93x650x640", model_path=transformer, **UNSIZED)
     with pytest.raises(
-        ValueError, match=r"--model OpenSoraT2V_v1_3_93x650x640: max_height 650: .* 640 or 656 would do"
+        ValueError, match=r"--model OpenSoraT2V_v1_3_93x650x640: max_height is 650; .* 640 or 656 would do"
     ):
         load_parts(found)
 
@@ -172,7 +173,7 @@ def test_units(strides: tuple[int, int, int]) -> None:
         assert height.fits(length) == ((length / strides[1]) % 2 == 0)
         for unit in (time, height):
             if unit.fits(length):
-                assert unit.pixels(unit.latents(length)) == length
+                assert unit.pixels(unit.latents(length, str(length))) == length
             else:
                 below, above = range(1, length), range(length, 300)
                 assert unit.nearest(length) == [*filter(unit.fits, below)][-1:] + [*filter(unit.fits, above)][:1]
@@ -244,6 +245,17 @@ def test_a_student_has_all_parts(parts: Path, tmp_path: Path, monkeypatch: pytes
     assert ours == theirs
     again = Sources.of_folder(tmp_path / "student")
     assert again.folders.keys() == found.folders.keys() and not again.knows_null_prompt and found.knows_null_prompt
+
+
+def test_a_vae_of_a_trainers_checkpoint_becomes_a_folder_of_safetensors(parts: Path, tmp_path: Path) -> None:
+    weights = load_file(parts / "vae" / WEIGHTS)
+    (tmp_path / "vae").mkdir()
+    shutil.copy(parts / "vae" / "config.json", tmp_path / "vae")
+    torch.save({"state_dict": weights}, tmp_path / "vae" / "checkpoint.ckpt")
+    found = sources(parts, ae_path=tmp_path / "vae")
+    save_student(tmp_path / "student", load_parts(found).denoiser.model, found, [899])
+    saved = load_file(tmp_path / "student" / "vae" / WEIGHTS)
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in weights)
 
 
 def test_an_adapter_goes_beside_the_teachers_weights(parts: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tdm_fast.config import (
 )
 from tdm_fast.distill import TDMConfig
 from tdm_fast.models.loading import load_pipeline
-from tdm_fast.sample import choose_timesteps
+from tdm_fast.pipeline import choose_timesteps
 from tdm_fast.sizing import estimate_run, iteration_flops, measure_costs, with_flags
 from tdm_fast.step import make_batch, make_state, update
 from tdm_fast.train import train

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -36,6 +42,31 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     latent_channels: int
     use_tiling: bool
     """Whether videos are encoded and decoded in pieces."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As every diffusers model's, and from a folder with config.json and one .ckpt of the public trainer.
+
+        Its averaged weights are taken if it has any. Pickled code is never run. Raises ValueError for several .ckpt
+        files, and for one that is damaged or of another network.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        checkpoints = sorted(folder.glob("*.ckpt"))
+        if not checkpoints or any(folder.glob("*.safetensors")):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if len(checkpoints) > 1:
+            names = ", ".join(path.name for path in checkpoints)
+            raise ValueError(f"{folder} has {len(checkpoints)} checkpoints, {names}; leave the one to load")
+        model = cls.from_config(cls.load_config(folder))
+        missing, unexpected = model.load_state_dict(read_checkpoint(checkpoints[0]), strict=False)
+        if missing or unexpected:
+            raise ValueError(
+                f"{checkpoints[0]} is not of the {cls.__name__} that config.json describes: {len(missing)} weights are"
+                f" missing and {len(unexpected)} too many, {(missing + unexpected)[0]} first"
+            )
+        model = model.to(kwargs.get("torch_dtype")).eval()
+        info: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": []}
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     def encode_moments(self, x: Tensor) -> Tensor:
         """`[B, 3, T, H, W]` to means and log-variances, `[B, 2 * latent_channels, T', H', W']`."""
@@ -97,3 +128,31 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
                 below = size // unit * unit
                 fitting = f"{below} or {below + unit}" if below else f"{unit}"
                 raise ValueError(f"x has {name} {size}, not a multiple of {unit}: {fitting} would do")
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """An autoencoder's weights in a .ckpt of the public trainers: averaged ones where there are any, no loss's weights.
+
+    Raises ValueError for a file that is damaged, or that could only be read by running code in it.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and plain values ({str(error).splitlines()[0]}); weights"
+            " saved as *.safetensors would do"
+        ) from error
+    weights: Any = content
+    if isinstance(content, Mapping) and "state_dict" in content:
+        weights = content["state_dict"]
+        weights = weights.get("gen_model", weights)
+        # Averages are kept of what is trained, so not of a wavelet's filters.
+        weights = {**_plain_names(weights), **_plain_names(content.get("ema_state_dict") or {})}
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds no weights: it takes a state dict, alone or as state_dict and ema_state_dict")
+    return {name: tensor for name, tensor in _plain_names(weights).items() if not name.startswith("loss.")}
+
+
+def _plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Names without what distributed data parallel puts in front."""
+    return {name.removeprefix("module."): value for name, value in weights.items()}

@@ -7,12 +7,9 @@ from safetensors or from a trainer's .ckpt. A video is `[B, 3, T, H, W]` in [-1,
 from __future__ import annotations
 
 import math
-import os
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -220,31 +217,6 @@ class CausalVAEModel(VideoAutoencoder):
             self.quant_conv = CONVOLUTIONS[q_conv](2 * z_channels, 2 * embed_dim, 1)
             self.post_quant_conv = CONVOLUTIONS[q_conv](embed_dim, z_channels, 1)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As every diffusers model's, and from a folder with config.json and one .ckpt of the public trainer.
-
-        Its averaged weights are taken if it has any. Pickled code is never run. Raises ValueError for several .ckpt
-        files, and for one that is damaged or of another network.
-        """
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        checkpoints = sorted(folder.glob("*.ckpt"))
-        if not checkpoints or any(folder.glob("*.safetensors")):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if len(checkpoints) > 1:
-            names = ", ".join(path.name for path in checkpoints)
-            raise ValueError(f"{folder} has {len(checkpoints)} checkpoints, {names}; leave the one to load")
-        model = cls.from_config(cls.load_config(folder))
-        missing, unexpected = model.load_state_dict(read_checkpoint(checkpoints[0]), strict=False)
-        if missing or unexpected:
-            raise ValueError(
-                f"{checkpoints[0]} is not of the {cls.__name__} that config.json describes: {len(missing)} weights are"
-                f" missing and {len(unexpected)} too many, {(missing + unexpected)[0]} first"
-            )
-        model = model.to(kwargs.get("torch_dtype")).eval()
-        info: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": []}
-        return (model, info) if kwargs.get("output_loading_info") else model
-
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """Encodes and decodes in overlapping pieces of time and space from now on, sized as the `tile_*` attributes.
 
@@ -309,28 +281,6 @@ class CausalVAEModel(VideoAutoencoder):
                 " overlap of 1 or more, and a factor from 0 to less than 1"
             )
         return size, size_t - 1, overlap
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """A CausalVAE's weights in a .ckpt of the public trainers: averaged ones if there are any, without the loss's.
-
-    Raises ValueError for a file that is damaged, or that could only be read by running code in it.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain values ({str(error).splitlines()[0]}); weights"
-            " saved as *.safetensors would do"
-        ) from error
-    weights = content
-    if isinstance(content, Mapping):
-        weights = content.get("ema_state_dict") or content.get("state_dict") or content
-        weights = weights.get("gen_model", weights)
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} holds no weights: it takes a state dict, alone or as state_dict or ema_state_dict")
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return {name: tensor for name, tensor in weights.items() if not name.startswith("loss.")}
 
 
 def _blocks(name: str, channels: int, width: int, number: int, config: Any) -> list[nn.Module]:

@@ -118,6 +118,7 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Raw output, with x_t's shape, for latents `x_t` `[B, C, ...]` at table indices `t` (int64 `[B]`).
 
+        A sampler with steps between the indices gives a floating-point `t`, which the network is told as it is.
         The output has the network's dtype, whatever x_t's is: the ops take latents of mixed dtypes and compute in fp32.
         A network that also predicts variance (2C channels) has its first half taken. Raises ValueError if batch sizes
         differ, the network's output does not fit x_t, or `conditioning` lacks the `num_steps` that the network is told.
@@ -127,8 +128,9 @@ class Denoiser(nn.Module):
                 f"x_t has {x_t.shape[0]} samples, t has shape {tuple(t.shape)} and conditioning has {len(conditioning)}"
                 " samples; all must describe one batch"
             )
+        timestep = t if t.is_floating_point() else self.schedule.to(t.device).timesteps[t]
         with self.context:
-            output = self.call_model(x_t, self.schedule.to(t.device).timesteps[t], conditioning)
+            output = self.call_model(x_t, timestep, conditioning)
         if x_t.ndim > 1 and output.ndim == x_t.ndim and output.shape[1] == 2 * x_t.shape[1]:
             output = output[:, : x_t.shape[1]]
         if output.shape != x_t.shape:

@@ -22,7 +22,7 @@ from tdm_fast.models import registry, upstream
 from tdm_fast.models.networks import check_tensors, check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
-from tdm_fast.models.sizes import latent_size, units
+from tdm_fast.models.sizes import AXES, latent_size, units
 from tdm_fast.models.sources import SAMPLER_FILE, Sources
 from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.notes import say_once
@@ -69,6 +69,14 @@ class Pipeline:
         return (config.in_channels, config.sample_size_t, config.sample_size_h, config.sample_size_w)
 
     @property
+    def has_own_size(self) -> bool:
+        """Whether that size is what the config.json on the disk says, and not a flag or the transformer's name."""
+        if self.sources.transformer is None:
+            return False
+        config = read_json(self.sources.transformer / "config.json")
+        return self.latent_shape[1:] == tuple(config.get(f"sample_size_{axis}") for axis in AXES)
+
+    @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
@@ -104,7 +112,7 @@ class Pipeline:
                 f"--video_sizes {size}: frames come as {axes[0]}, height and width as {axes[1]} and {axes[2]}; the"
                 f" nearest that fits is {'x'.join(map(str, fitting))}"
             )
-        return (config.in_channels, *(unit.latents(length) for unit, length in zip(axes, lengths, strict=True)))
+        return (config.in_channels, *(unit.latents(length, size) for unit, length in zip(axes, lengths, strict=True)))
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
@@ -203,6 +211,7 @@ def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
         )
     check_encoders(sources, config.get("caption_channels"))
     size = latent_size(sources, config, vae.strides)
+    transformer: Any
     if sources.upstream:
         transformer = upstream.load_transformer(sources.transformer, sources.name or OpenSoraT2V_v1_3.__name__)
     else:

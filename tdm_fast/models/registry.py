@@ -129,19 +129,24 @@ def check_ae(name: str) -> None:
 
 
 def build(name: str, *, ae: str = DEFAULT_AE, **config: Any) -> nn.Module:
-    """A transformer of random weights, by name: the 2B configuration, in which `config` overrides what it names.
+    """A transformer of random weights, by name. Raises ValueError as `configuration` does."""
+    return Diffusion_models_class[name](**configuration(name, ae=ae, **config))
+
+
+def configuration(name: str, *, ae: str = DEFAULT_AE, **config: Any) -> dict[str, Any]:
+    """The arguments of a transformer's constructor: the 2B configuration, in which `config` overrides what it names.
 
     Latents are those of the VAE named `ae`; a size in the name becomes `sample_size_*`. Raises ValueError for unknown
     names and for sizes that the VAE's strides and the patches do not divide.
     """
     check_ae(ae)
     size, channels = preset(name), _AES[ae].channels
-    defaults: dict[str, Any] = {"in_channels": channels, "out_channels": channels}
+    merged = TWO_BILLION | {"in_channels": channels, "out_channels": channels} | config
     if size is not None:
-        patch = config.get("patch_size", TWO_BILLION["patch_size"])
-        latents = latent_size(size, _AES[ae].strides, patch, flag=f"--model {name}")
-        defaults |= dict(zip(("sample_size_t", "sample_size_h", "sample_size_w"), latents, strict=True))
-    return Diffusion_models[name](**defaults | config)
+        latents = latent_size(size, _AES[ae].strides, merged["patch_size"], flag=f"--model {name}")
+        own = dict(zip(("sample_size_t", "sample_size_h", "sample_size_w"), latents, strict=True))
+        merged = own | merged
+    return merged
 
 
 def latent_size(
@@ -171,10 +176,13 @@ def find_folder(
 
     Raises ValueError when there is none; it lists what was tried and what is there.
     """
-    names = [each.__name__ for each in (cls if isinstance(cls, tuple) else (cls,))]
+    classes = cls if isinstance(cls, tuple) else (cls,)
+    names = [each.__name__ for each in classes]
+    vae = all(issubclass(each, VideoAutoencoder) for each in classes)
+    suffixes = [".safetensors", ".ckpt"] if vae else [".safetensors"]
     tried = []
     for place in (folder / name for name in subfolders):
-        problem = _what_is_wrong(place, names)
+        problem = _what_is_wrong(place, names, suffixes)
         if problem is None:
             return place
         tried.append(f"{place}: {problem}")
@@ -259,7 +267,7 @@ def _class_of(folder: Path) -> str | None:
     return config.get("_class_name") if isinstance(config, dict) else None
 
 
-def _what_is_wrong(folder: Path, class_names: list[str]) -> str | None:
+def _what_is_wrong(folder: Path, class_names: list[str], suffixes: list[str]) -> str | None:
     """Why a folder cannot be loaded as one of some classes, in words for a list; None if nothing speaks against it."""
     if not folder.is_dir():
         return "no such folder"
@@ -268,8 +276,8 @@ def _what_is_wrong(folder: Path, class_names: list[str]) -> str | None:
         return f"no config.json (found: {found})"
     if (named := _class_of(folder)) not in class_names:
         return f"a {named}" if named else "its config.json names no class"
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.ckpt")):
-        return f"config.json without weights as *.safetensors (found: {found})"
+    if not any(any(folder.glob(f"*{suffix}")) for suffix in suffixes):
+        return f"config.json without weights as *{' or *'.join(suffixes)} (found: {found})"
     return None
 
 

@@ -32,8 +32,10 @@ class Unit(NamedTuple):
         below = (length - self.first) // self.step * self.step + self.first
         return [fitting for fitting in (below, below + self.step) if self.fits(fitting)] or [self.first or self.step]
 
-    def latents(self, length: int) -> int:
-        """The latents of a length that fits."""
+    def latents(self, length: int, what: str) -> int:
+        """The latents of a length. Raises ValueError, which says `what`, with the nearest that fit."""
+        if not self.fits(length):
+            raise ValueError(f"{what}; it comes as {self}, so {' or '.join(map(str, self.nearest(length)))} would do")
         return (length - self.first) // self.stride + self.first
 
     def pixels(self, latents: int) -> int:
@@ -60,11 +62,11 @@ def latent_size(sources: Sources, config: Mapping[str, Any], strides: tuple[int,
     axes = zip(AXES, SIZE_FLAGS, units(strides, patch), sources.size, preset, strict=True)
     for axis, flag, unit, asked, named in axes:
         key = f"sample_size_{axis}"
-        own = config.get(key)
+        own: Any = config.get(key)
         if asked is not None:
-            sizes[key] = _latents(unit, asked, f"--{flag} {asked}")
+            sizes[key] = unit.latents(asked, f"--{flag} is {asked}")
         elif own is None and named is not None:
-            sizes[key] = _latents(unit, named, f"--model {sources.name}: {flag} {named}")
+            sizes[key] = unit.latents(named, f"--model {sources.name}: {flag} is {named}")
         else:
             sizes[key] = _checked(own, 1 if axis == "t" else patch, f"{sources.transformer}: {key} is {own}")
             if named is not None and unit.pixels(own) != named:
@@ -75,12 +77,6 @@ def latent_size(sources: Sources, config: Mapping[str, Any], strides: tuple[int,
             f" --{', --'.join(SIZE_FLAGS)} would outrank it"
         )
     return sizes
-
-
-def _latents(unit: Unit, length: int, what: str) -> int:
-    if not unit.fits(length):
-        raise ValueError(f"{what}: it comes as {unit}, so {' or '.join(map(str, unit.nearest(length)))} would do")
-    return unit.latents(length)
 
 
 def _checked(size: Any, patch: int, what: str) -> int:

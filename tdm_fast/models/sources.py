@@ -80,7 +80,8 @@ class Sources:
             if not flags.ae_path.is_dir():
                 raise ValueError(f"--ae_path {flags.ae_path}: no such folder; it takes a VAE's, with its config.json")
             named["vae"] = registry.check_vae(flags.ae, flags.ae_path)
-            check_weights(named["vae"])
+            if any(named["vae"].glob("*.safetensors")):  # and not a trainer's checkpoint
+                check_weights(named["vae"])
         if flags.text_encoder_name_1 is not None:
             named["encoder"] = find_encoder(flags.text_encoder_name_1, flag="--text_encoder_name_1", kind="t5")
         if flags.text_encoder_name_2 is not None:
@@ -205,6 +206,9 @@ class Sources:
             (folder / part).mkdir()
             if self.folders[part] is None:
                 self.scheduler_object().save_pretrained(folder / part)
+            if part == "vae" and not any(self.vae.glob("*.safetensors")):
+                registry.load_vae(None, self.vae).vae.save_pretrained(folder / part)
+                continue
             for path in self.files_of(part):
                 _link_or_copy(path.resolve(), folder / part / path.name)
         (folder / INDEX_FILE).write_text(json.dumps(self._index(), indent=2) + "\n")

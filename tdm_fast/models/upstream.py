@@ -59,12 +59,13 @@ def registries() -> Registries:
     return Registries(*tables)
 
 
-def build(name: str, **config: Any) -> nn.Module:
-    """The package's transformer of random weights, by name, with or without a size at the name's end.
+def build(name: str, *, ae: str = registry.DEFAULT_AE, **config: Any) -> nn.Module:
+    """The package's transformer of random weights, configured as `registry.build` configures ours.
 
-    Raises ValueError for a package that does not import and a name that it does not know.
+    Raises ValueError as `registry.build` does, for a package that does not import, and a name that it does not know.
     """
-    return runnable(_entry(registries().Diffusion_models, name)(**config))
+    cls = _entry(registries().Diffusion_models_class, registry.base_name(name))
+    return runnable(cls(**registry.configuration(name, ae=ae, **config)))
 
 
 def load_transformer(folder: Path, name: str = "OpenSoraT2V_v1_3") -> nn.Module:
@@ -73,7 +74,7 @@ def load_transformer(folder: Path, name: str = "OpenSoraT2V_v1_3") -> nn.Module:
     Raises ValueError for a package that does not import, a name that it does not know, and a folder that does not hold
     the whole of such a model.
     """
-    cls = _entry(registries().Diffusion_models_class, name)
+    cls = _entry(registries().Diffusion_models_class, registry.base_name(name))
     return runnable(load_network(registry.find_folder(folder, cls), cls))
 
 
@@ -160,7 +161,6 @@ def _ones(states: Tensor) -> Tensor:
 
 
 def _entry(table: Mapping[str, Any], name: str) -> Any:
-    base = registry.base_name(name)
-    if base not in table:
-        raise ValueError(f"--opensora_source upstream: the package opensora has no {name}; it takes {', '.join(table)}")
-    return table[base]
+    if name not in table:
+        raise ValueError(f"--opensora_source upstream: the package opensora has no {name}; it has {', '.join(table)}")
+    return table[name]
