@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from tdm_fast.models.denoiser import Conditioning
 from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
-from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
+from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
 from tdm_fast.models.sizes import units
 from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.philox import randn, random_integers
@@ -59,8 +61,8 @@ class OpenSoraPipeline(DiffusionPipeline):
 
     A student's folder gives one that samples in the student's few steps, any other takes the steps of `scheduler`, a
     scheduler of diffusers (DDPM, DDIM, Euler, Euler-ancestral, DPM-Solver++, flow matching). `vae` is a wrapper as in
-    `tdm_fast.models.vae`. `enable_vae_tiling` decodes in pieces of time. Open-Sora Plan v1.3's transformer looks at one
-    text encoder; `text_encoder_2` and `tokenizer_2` are kept for folders that have them.
+    `tdm_fast.models.vae`. `enable_vae_tiling` decodes in pieces of time. `text_encoder_2` is for transformers that take
+    two encoders' states, which Open-Sora Plan v1.3's does not: there it is not run, which is said once.
     """
 
     _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012
@@ -94,7 +96,17 @@ class OpenSoraPipeline(DiffusionPipeline):
     def of(cls, model: Pipeline, scheduler: Any = None) -> Self:
         """Around networks that are loaded already, nothing is copied. With a `scheduler` a student takes its steps."""
         steps = model.scheduler if scheduler is None else scheduler
-        pipeline = cls(model.denoiser.model, model.vae, steps, model.text_encoder, model.tokenizer)
+        wanted = model.text_encoder is not None and takes_two(model.denoiser.model)
+        second = model.encoders[1].load() if wanted else None
+        pipeline = cls(
+            model.denoiser.model,
+            model.vae,
+            steps,
+            model.text_encoder,
+            model.tokenizer,
+            None if second is None else second.model,
+            None if second is None else second.tokenizer,
+        )
         pipeline.denoiser = model.denoiser
         pipeline.student = model if scheduler is None and model.timesteps is not None else None
         return pipeline
@@ -250,7 +262,12 @@ class OpenSoraPipeline(DiffusionPipeline):
         if max_sequence_length < 1:
             raise ValueError(f"max_sequence_length is {max_sequence_length}; it must be at least 1")
         rows = encode_prompts(prompts, self.tokenizer, self.text_encoder, max_length=max_sequence_length)
-        return pad(rows)
+        if self.text_encoder_2 is None:
+            return pad(rows)
+        if not takes_two(self.transformer):
+            say_unused(type(self.transformer).__name__)
+            return pad(rows)
+        return pad(rows, encode_prompts(prompts, self.tokenizer_2, self.text_encoder_2))
 
     def latent_shape(
         self, num_frames: int | None, height: int | None, width: int | None, latents: Tensor | None = None
@@ -301,16 +318,31 @@ def upstream_pipeline(pipeline: OpenSoraPipeline) -> Any:
     It takes the steps of the diffusers scheduler and knows no few-step student.
     """
     try:
-        module = import_module("opensora.sample.pipeline_opensora")
+        with _old_tokenizer():
+            module = import_module("opensora.sample.pipeline_opensora")
     except ImportError as error:
         raise ValueError(
-            f"--opensora_source upstream: the package opensora cannot be imported ({error}); put a clone of Open-Sora"
-            " Plan on PYTHONPATH, or use native"
+            f"--opensora_source upstream: the package opensora's pipeline does not import here ({error}); install what"
+            " it lacks, or use --opensora_source native"
         ) from error
     vae: Any = pipeline.vae_wrapper
     vae.vae_scale_factor = vae.strides  # where that code looks for them
     parts = {name: getattr(pipeline, name) for name in ("text_encoder", "tokenizer", "transformer", "scheduler")}
     return module.OpenSoraPipeline(vae=vae, **parts)
+
+
+@contextmanager
+def _old_tokenizer() -> Iterator[None]:
+    """Have transformers 5 hand out a class that it has dropped: the package names it as a type and nothing else."""
+    there: Any = transformers
+    if hasattr(there, "MT5Tokenizer"):
+        yield
+        return
+    there.MT5Tokenizer = transformers.T5Tokenizer
+    try:
+        yield
+    finally:
+        del there.MT5Tokenizer
 
 
 def step_generators(seed: int, batch_size: int, sample_offset: int = 0) -> list[torch.Generator]:

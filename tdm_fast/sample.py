@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tdm_fast.config import BUNDLED_TEACHER
-from tdm_fast.models.loading import Pipeline, load_metrics, load_pipeline
+from tdm_fast.models.loading import Pipeline, load_metrics, load_parts
+from tdm_fast.models.sources import Sources
 from tdm_fast.philox import randn
 from tdm_fast.pipeline import OpenSoraPipeline, choose_timesteps, step_generators, upstream_pipeline
 from tdm_fast.prompts import read_prompts
@@ -93,7 +94,8 @@ class SampleConfig:
     device: str = "auto"
     """`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one."""
     opensora_source: Literal["native", "upstream"] = "native"
-    """Whose pipeline runs: this project's, or the one of the package `opensora`, which has no few-step sampler."""
+    """Whose transformer and pipeline run: this project's, or those of the package `opensora`, which has no few-step
+    sampler."""
     output: Path = Path("sample.mp4")
     """File to write: .mp4, .gif or .png (the frames side by side)."""
 
@@ -124,7 +126,9 @@ def sample(config: SampleConfig) -> None:
         raise ValueError(f"--batch_size {config.batch_size}: it takes a whole number from 1 up")
     if config.opensora_source == "upstream" and config.scheduler == FEW_STEP:
         raise ValueError("--opensora_source upstream: its pipeline has no few-step sampler; name another --scheduler")
-    model = load_pipeline(config.model).to(resolve_device(config.device))
+    device = resolve_device(config.device)
+    sources = replace(Sources.of_folder(config.model), upstream=config.opensora_source == "upstream")
+    model = load_parts(sources).to(device)
     few_step = config.scheduler == FEW_STEP
     pipeline = OpenSoraPipeline.of(model, None if few_step else make_scheduler(config.scheduler, model.scheduler))
     timesteps = choose_timesteps(model, config.num_steps) if few_step else None

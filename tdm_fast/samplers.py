@@ -73,8 +73,7 @@ def make_scheduler(name: str, own: Any) -> Any:
     scheduler = cls.from_config(own.config, **unclipped)
     # Not the last one, where a sampler may keep a little signal of a schedule that ends without any. What `scheduler`
     # has in its config says nothing: from_config also records what the class ignores.
-    levels = [each.alphas_cumprod[:-1].float() for each in (own, scheduler)] if names is SCHEDULERS else []
-    if levels and not torch.allclose(*levels, rtol=0, atol=1e-4):
+    if names is SCHEDULERS and (scheduler.alphas_cumprod - own.alphas_cumprod)[:-1].abs().max() > 1e-4:
         raise ValueError(
             f"--scheduler {name}: {cls.__name__} cannot have the noise levels of the model's {type(own).__name__};"
             f" --scheduler {FEW_STEP} has them"

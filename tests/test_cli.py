@@ -47,7 +47,7 @@ def test_usage(show: Show) -> None:
     for flag in ("-h", "--help"):
         code, text = show(flag)
         assert code == 0 and all(command in text for command in cli.COMMANDS)
-    for command in ("train", "sample", "evaluate", "make-teacher", "check"):
+    for command in ("train", "encode", "sample", "evaluate", "make-teacher", "check"):
         code, text = show(command, "--help")
         assert code == 0 and f"tdm-fast {command}" in text
 
@@ -61,7 +61,7 @@ def test_the_flags_of_train_are_explained(show: Show) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("distil", "no command 'distil'; there are train, sample, evaluate, make-teacher, check"),
+        ("distil", "no command 'distil'; there are train, encode, sample, evaluate, make-teacher, check"),
         ("check now", "now"),
         ("check --use_hubert", "use.hubert"),
         ("train --use_hubert", "use.hubert"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -100,6 +101,12 @@ def test_the_digest_is_of_contents(tmp_path: Path) -> None:
     (moved / "README.md").write_text("a card")
     digests = [find_encoder(folder, flag=FLAG).digest for folder in (one, moved, other)]
     assert digests[0] == digests[1] != digests[2]
+    weights = moved / "model.safetensors"
+    blob = tmp_path / "blobs" / hashlib.sha256(weights.read_bytes()).hexdigest()
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to(blob)  # as in the hub's cache
+    assert find_encoder(moved, flag=FLAG).digest == digests[0]
     edit_json(moved / "config.json", layer_norm_epsilon=1e-5)
     assert find_encoder(moved, flag=FLAG).digest not in digests
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tdm_fast.models.denoiser import count_forwards
 from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
+from tdm_fast.models.opensora_denoiser import say_unused
 from tdm_fast.philox import randn
 from tdm_fast.pipeline import OpenSoraPipeline, step_generators
 from tdm_fast.sample import SampleConfig, sample
@@ -385,23 +386,39 @@ def test_the_command_takes_schedulers_sizes_and_files(
     assert "2 video(s), 3 steps, guidance 2" in capsys.readouterr().out
 
 
-UPSTREAM = """
+# The package as far as sampling touches it: its tables, and a pipeline that calls the transformer as its own does.
+UPSTREAM = {
+    "models/diffusion/__init__.py": """
+from tdm_fast import models
+class OpenSoraT2V_v1_3(models.OpenSoraT2V_v1_3): ...
+Diffusion_models = Diffusion_models_class = {"OpenSoraT2V_v1_3": OpenSoraT2V_v1_3}
+""",
+    "models/causalvideovae/__init__.py": "ae_wrapper = ae_stride_config = ae_channel_config = ae_norm = ae_denorm = {}",
+    "sample/pipeline_opensora.py": """
+from types import SimpleNamespace
 import torch
-class Output:
-    def __init__(self, videos): self.videos = videos
-class OpenSoraPipeline:
-    def __init__(self, **parts): self.parts = parts
-    def __call__(self, **arguments):
-        calls.append((self.parts, arguments))
-        size = [arguments[name] for name in ("num_frames", "height", "width")]
-        return Output(torch.zeros(len(arguments["prompt"]), *size, 3, dtype=torch.uint8))
+from transformers import MT5Tokenizer
 calls = []
-"""
+class OpenSoraPipeline:
+    def __init__(self, **parts):
+        self.parts = parts
+    def __call__(self, latents, **arguments):
+        calls.append((self.parts, latents, arguments))
+        mask, states = torch.ones_like(latents[:, 0]), torch.zeros(len(latents), 1, 3, 8)
+        self.parts["transformer"](
+            latents, attention_mask=mask, encoder_hidden_states=states, encoder_attention_mask=states[..., 0] + 1,
+            timestep=torch.zeros(len(latents)), pooled_projections=None, return_dict=False,
+        )
+        size = [arguments[name] for name in ("num_frames", "height", "width")]
+        return SimpleNamespace(videos=torch.zeros(len(latents), *size, 3, dtype=torch.uint8))
+""",
+}
 
 
 def test_the_upstream_pipeline_if_asked_for(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "sdp_kernel", torch.backends.cuda.sdp_kernel)  # which is replaced
     config = SampleConfig(
         prompt=("red", "a large blue square"),
         model=tiny_teacher,
@@ -412,22 +429,34 @@ def test_the_upstream_pipeline_if_asked_for(
         num_frames=9,
         output=tmp_path / "out.png",
     )
-    with pytest.raises(ValueError, match="--opensora_source upstream: the package opensora cannot be imported"):
+    with pytest.raises(ValueError, match="--opensora_source upstream: no package opensora can be imported"):
         sample(config)
-    package = tmp_path / "opensora" / "sample"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent):
-        (folder / "__init__.py").touch()
-    (package / "pipeline_opensora.py").write_text(UPSTREAM)
+    for name, text in UPSTREAM.items():
+        path = tmp_path / "opensora" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    sample(config)
-    ((parts, arguments),) = sys.modules["opensora.sample.pipeline_opensora"].calls
+    try:
+        sample(config)
+        ((parts, latents, arguments),) = sys.modules["opensora.sample.pipeline_opensora"].calls
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "opensora"]:
+            del sys.modules[name]
     assert type(parts["scheduler"]).__name__ == "EulerAncestralDiscreteScheduler"
-    assert parts["vae"].vae_scale_factor == (4, 8, 8) and parts["transformer"].config.in_channels == 8
+    assert type(parts["transformer"]).__module__ == "opensora.models.diffusion"
+    assert parts["vae"].vae_scale_factor == (4, 8, 8)
     assert (arguments["num_frames"], arguments["height"], arguments["width"]) == (9, 32, 32)
     assert (arguments["num_inference_steps"], arguments["guidance_scale"]) == (3, 2.0)
     assert arguments["negative_prompt"] == ["", ""] and arguments["prompt"] == list(config.prompt)
-    assert torch.equal(arguments["latents"], randn(2, (8, 3, 4, 4), seed=0))
+    assert torch.equal(latents, randn(2, (8, 3, 4, 4), seed=0))
     assert (tmp_path / "out.png").exists()
-    for name in [name for name in sys.modules if name.split(".")[0] == "opensora"]:
-        del sys.modules[name]
+
+
+@torch.no_grad()
+def test_a_second_encoder_that_is_not_used_is_said_once(teacher: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    say_unused.cache_clear()
+    parts = (teacher.denoiser.model, teacher.vae, teacher.scheduler, teacher.text_encoder, teacher.tokenizer)
+    pipeline = OpenSoraPipeline(*parts, teacher.text_encoder, teacher.tokenizer)
+    for _ in range(2):
+        assert pipeline.encode(["red"]).tensors.keys() == {"encoder_hidden_states"}
+    assert capsys.readouterr().err.count("the second encoder is not used") == 1

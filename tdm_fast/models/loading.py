@@ -236,7 +236,8 @@ def check_encoders(sources: Sources, caption_channels: Any) -> None:
 def _random_transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
     """A transformer that the registry makes, and a loud word about it."""
     assert sources.name is not None
-    config = {"in_channels": vae.channels, "out_channels": vae.channels, "caption_channels": sources.encoder.width}
+    channels = {"in_channels": vae.channels, "out_channels": vae.channels}
+    config: dict[str, Any] = {**channels, "caption_channels": sources.encoder.width}
     check_encoders(sources, sources.encoder.width)
     config |= latent_size(sources, registry.TWO_BILLION, vae.strides)
     say_once(
@@ -246,7 +247,7 @@ def _random_transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> An
     with torch.random.fork_rng(devices=[]), init_empty_weights() if empty else nullcontext():
         torch.manual_seed(0)  # the same on every rank, and when a run goes on
         if sources.upstream:
-            return upstream.build(sources.name, **config)
+            return upstream.build(registry.base_name(sources.name), **config)
         return registry.Diffusion_models[sources.name](**config)
 
 

@@ -130,7 +130,8 @@ def check_ae(name: str) -> None:
 
 def build(name: str, *, ae: str = DEFAULT_AE, **config: Any) -> nn.Module:
     """A transformer of random weights, by name. Raises ValueError as `configuration` does."""
-    return Diffusion_models_class[name](**configuration(name, ae=ae, **config))
+    arguments = configuration(name, ae=ae, **config)
+    return Diffusion_models_class[name](**arguments)
 
 
 def configuration(name: str, *, ae: str = DEFAULT_AE, **config: Any) -> dict[str, Any]:

@@ -144,6 +144,8 @@ def _fill_masks(
         raise ValueError(
             "--opensora_source upstream: its transformer cannot be told a number of steps (--unify); native can"
         )
+    if keywords.get("attention_mask") is not None:  # the package's own pipeline calls it, with everything by name
+        return args, keywords
     x_t, _, states = args
     mask = keywords["encoder_attention_mask"]
     if isinstance(states, list):
