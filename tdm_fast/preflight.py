@@ -105,7 +105,7 @@ def part_rows(
     yield find("guidance", "--cfg 1, or a teacher that is not distilled", lambda: _guidance(config, sources)).row
     checks = [find(part, COPY, check, partial(_place, sources, part)) for part, check in weight_checks(sources).items()]
     yield from (check.row for check in checks)
-    found = find("fit", "parts of one model", lambda: _meta(sources), _size)
+    found = find("fit", "parts of one model, and a size that they divide", lambda: _meta(sources), _size)
     yield found.row
     if found.value is None or any(check.row.state == "failed" for check in checks):
         return

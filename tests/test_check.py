@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from tiny_encoders import t5_folder
 from transformers import T5EncoderModel, T5ForConditionalGeneration
 
-from tdm_fast import check, cli, encoders, installation, native, ops, preflight, sizing
+from tdm_fast import check, cli, encoders, installation, native, ops, preflight
 from tdm_fast.check import Row, run_check
 from tdm_fast.checkpoint import locked, save_checkpoint
-from tdm_fast.config import parse_train
+from tdm_fast.config import TrainConfig, parse_train
 from tdm_fast.memory import fill
 from tdm_fast.models import WFVAEModel, registry
+from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.loading import load_parts
 from tdm_fast.models.networks import check_tensors
 from tdm_fast.models.sources import Sources
@@ -206,6 +207,7 @@ Spoil = Callable[[Path], object]
 NONE: Mapping[str, object] = {}
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("spoil", "changed", "row", "says"),
     [
@@ -258,8 +260,8 @@ NONE: Mapping[str, object] = {}
             "it is 16 wide but the teacher takes caption_channels=8",
         ),
         (narrow_vae, {"ae": None}, "fit", "in_channels=8 but the VAE"),
-        (None, {"max_height": 40}, "fit", "--max_height 40"),
-        (None, {"num_steps": 7}, "flags", "num_steps"),
+        (None, {"max_height": 40}, "fit", "--max_height is 40"),
+        (None, {"total_steps": 1100}, "trajectory", "total_steps is 1100"),
         (None, {"train_batch_size": 0}, "flags", "--train_batch_size 0"),
         (None, {"device": "cuda:64"}, "flags", "--device cuda:64: this machine has"),
         (None, {"profile": "2:3"}, "flags", "--profile 2:3: the run has 1 iterations"),
@@ -315,6 +317,7 @@ def test_what_a_checkpoint_says(parts: Path) -> None:
     assert "is damaged" in rows_of(flags(parts))["checkpoint"].says
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_folder_that_cannot_be_written(built: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     row = rows_of(flags(built, output_dir=tmp_path / "file" / "run"))["run's folder"]
@@ -331,15 +334,19 @@ def test_a_full_disk(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_that_is_not_there(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "device_memory", lambda device: 1000)
+    def refuse(config: TrainConfig, teacher: Denoiser, *_: object) -> None:
+        assert all(parameter.is_meta for parameter in teacher.parameters())
+        raise ValueError("the run would take 100 GB")
+
+    monkeypatch.setattr(preflight, "refuse_what_cannot_fit", refuse)
     row = rows_of(flags(built))["memory"]
-    assert row.state == "failed" and "the run would take" in row.says and "--roles lora" in row.says
+    assert (row.state, row.says) == ("failed", "the run would take 100 GB") and "--roles lora" in row.fix
     assert "when the run begins" in rows_of(flags(built, train_batch_size="auto"))["memory"].says
 
 
 def test_the_longest_prompt_decides_the_memory(built: Path, tmp_path: Path) -> None:
     peaks = []
-    for words in (3, 4000):
+    for words in (3, 600):
         (tmp_path / "prompts.txt").write_text("red\n" + "red " * words + "\n")
         found = rows_of(flags(built, prompts=tmp_path / "prompts.txt"))
         peaks.append(float(found["memory"].says.split()[0]))
@@ -405,6 +412,7 @@ def test_exit_codes(parts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("  failed"))
     assert lines[at].split()[1] == "teacher" and lines[at + 1].strip().startswith("fix: copy or download")
-    with pytest.raises(SystemExit) as end:
-        cli.main(["check", "--use_hubert"])
-    assert end.value.code == 2
+    for unknown in (["--use_hubert"], ["--num_steps", "7"], ["now"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["check", *unknown])
+        assert end.value.code == 2
