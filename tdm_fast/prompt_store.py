@@ -180,10 +180,10 @@ def _encode(
     metadata = {"format": str(FORMAT), "encoders": said, "models": json.dumps(models)}
     keys: list[bytes] = []
     states: list[list[Tensor]] = [[] for _ in encoders]
-    began = time.monotonic()
+    held, began = 0, time.monotonic()
 
     def write() -> None:
-        nonlocal began
+        nonlocal held, began
         tensors = {"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)}
         for name, rows in zip(_NAMES, states, strict=False):
             tensors["rows" + name] = torch.cat(rows)
@@ -192,14 +192,15 @@ def _encode(
         digest = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
         write_atomically(folder / f"shard-{digest}.safetensors", save(tensors, metadata))
         keys.clear()
-        began = time.monotonic()
+        held, began = 0, time.monotonic()
 
     for unit in units:
         batch = [texts[i] for i in unit]
         keys += map(key_of, batch)
         for encoder, rows in zip(encoders, states, strict=True):
-            rows += encoder.states(encoder.tokenize(batch))
-        held = sum(row.nbytes for rows in states for row in rows)
+            made = encoder.states(encoder.tokenize(batch))
+            held += sum(row.nbytes for row in made)
+            rows += made
         if held >= SHARD_BYTES or time.monotonic() - began >= SHARD_SECONDS:
             write()
     if keys:

@@ -18,7 +18,7 @@ import diffusers
 from tdm_fast.checkpoint import read_json
 from tdm_fast.encoders import CLASSES as ENCODERS
 from tdm_fast.encoders import EncoderFiles, find_encoder
-from tdm_fast.models import registry
+from tdm_fast.models import registry, upstream
 from tdm_fast.models.networks import check_weights
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.notes import say_once
@@ -73,6 +73,8 @@ class Sources:
         registry. Raises ValueError, naming the flag, for what is missing, damaged or of another model.
         """
         folder, name = _folder(flags), str(flags.model)
+        if flags.opensora_source == "upstream":
+            upstream.registries()  # raises where the package cannot be imported
         named: dict[str, Any] = {}
         if flags.ae is not None:
             registry.check_ae(flags.ae)
