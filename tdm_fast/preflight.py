@@ -26,7 +26,7 @@ from tdm_fast.models import upstream
 from tdm_fast.models.loading import Pipeline, load_parts, weight_checks
 from tdm_fast.models.sources import SAMPLER_FILE, Sources
 from tdm_fast.prompt_store import check_cache, identity
-from tdm_fast.ranks import Ranks
+from tdm_fast.ranks import PlannedRanks, planned
 from tdm_fast.sizing import checkpoint_bytes, refuse_what_cannot_fit
 from tdm_fast.text import PromptCache
 from tdm_fast.train import (
@@ -83,7 +83,8 @@ def rows(config: TrainConfig | ValueError) -> Rows:
         return
     device = find("flags", "--device auto and --report_to tensorboard always do", lambda: check_flags(config))
     yield device.row
-    yield find("batch", "a --train_batch_size that divides", lambda: _batch(config)).row
+    ranks = find("ranks", "as many ranks as --sharding and --train_batch_size take", lambda: _ranks(config), _ranks_say)
+    yield ranks.row
     prompts = find("prompts", "--prompts FILE", lambda: prompts_of(config), lambda found: f"{len(found)} prompts")
     yield prompts.row
     yield find("run's folder", "--output_dir FOLDER", lambda: _output(config)).row
@@ -93,12 +94,11 @@ def rows(config: TrainConfig | ValueError) -> Rows:
     sources = find("teacher", COPY, lambda: Sources.of_flags(config.model), lambda found: str(found.folder))
     yield sources.row
     if sources.value is not None:
-        yield from part_rows(config, sources.value, prompts.value, device.value)
+        on = None if ranks.value is None or device.value is None else replace(ranks.value, device=device.value)
+        yield from part_rows(config, sources.value, prompts.value, on)
 
 
-def part_rows(
-    config: TrainConfig, sources: Sources, prompts: Sequence[str] | None, device: torch.device | None
-) -> Rows:
+def part_rows(config: TrainConfig, sources: Sources, prompts: Sequence[str] | None, ranks: PlannedRanks | None) -> Rows:
     """The rows of a teacher whose parts are there: whether each is whole, whether they fit, what the run takes."""
     if sources.upstream:
         yield find("opensora", "--opensora_source native", upstream.registries, lambda _: "its registries import").row
@@ -127,17 +127,24 @@ def part_rows(
         yield find("checkpoint", fix, lambda: _resume(config, path, prompts, teacher)).row
     cache = find("tokens", "the encoder's own tokenizer", lambda: _cache(config, sources, prompts), _tokens)
     yield cache.row
-    if device is not None and shapes.value is not None and cache.value is not None:
-        yield _memory(config, teacher, cache.value, shapes.value, device)
-        yield _disk(config, sources, teacher, device)
+    if ranks is not None and shapes.value is not None and cache.value is not None:
+        yield _memory(config, teacher, cache.value, shapes.value, ranks)
+        yield _disk(config, sources, teacher, ranks.device)
 
 
 # ---- what each row does
 
 
-def _batch(config: TrainConfig) -> str:
-    check_batch_size(config, 1, 1)
-    return f"{config.optimiser.train_batch_size}, as one process has it"
+def _ranks(config: TrainConfig) -> PlannedRanks:
+    """As many as WORLD_SIZE says, one without it; each has a part of the batch."""
+    n = config.networks
+    ranks = planned(torch.device("cpu"), n.sharding, n.shard_size, n.context_parallel)
+    check_batch_size(config, ranks.world, ranks.data_ranks)
+    return ranks
+
+
+def _ranks_say(ranks: PlannedRanks) -> str:
+    return f"{ranks.world}, by WORLD_SIZE" if ranks.world > 1 else "1; WORLD_SIZE=N in front checks the run of N"
 
 
 def _download(config: TrainConfig) -> Row | None:
@@ -243,7 +250,7 @@ def _memory(
     teacher: Pipeline,
     cache: PromptCache,
     shapes: Sequence[tuple[int, ...]],
-    device: torch.device,
+    ranks: PlannedRanks,
 ) -> Row:
     """What the run will hold, as it computes it itself."""
     if config.optimiser.train_batch_size == "auto":
@@ -251,7 +258,7 @@ def _memory(
     return find(
         "memory",
         "--train_batch_size, --activation_checkpointing, --roles lora; or several ranks, which share it",
-        lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, Ranks(device=device)),
+        lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, ranks),
     ).row
 
 

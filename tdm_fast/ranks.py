@@ -140,6 +140,39 @@ def check_batch(batch_size: int, accumulation: int, data_ranks: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class PlannedRanks(Ranks):
+    """The ranks of a run that has not been started, by their numbers; they cannot be talked to."""
+
+    shape: tuple[int, int, int] = (1, 1, 1)
+    """Ranks per dimension: replicate, shard, context."""
+    sharding: Sharding = "full"
+
+    @property
+    def context(self) -> int:
+        return self.shape[2]
+
+    @property
+    def copies(self) -> int:
+        return self.world if self.sharding == "none" else self.shape[0]
+
+
+def planned(
+    device: torch.device, sharding: Sharding = "full", shard_size: int | None = None, context_parallel: int = 1
+) -> PlannedRanks:
+    """The ranks that `joined` would join, without joining them. Raises its ValueErrors."""
+    world, _, _, local_world = _environment()
+    shape = mesh_shape(world, local_world or world, sharding, shard_size, context_parallel)
+    return PlannedRanks(world=world, device=device, shape=shape, sharding=sharding)
+
+
+def _environment() -> tuple[int, int, int, int]:
+    """What the launcher has set: the number of ranks, this one's, its number on its machine, and how many are there."""
+    names = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}
+    world, rank, local, local_world = (int(os.environ.get(name, default)) for name, default in names.items())
+    return world, rank, local, local_world
+
+
 @contextmanager
 def joined(
     device: torch.device, sharding: Sharding = "full", shard_size: int | None = None, context_parallel: int = 1
@@ -150,10 +183,7 @@ def joined(
     Raises ValueError for ranks that the flags do not fit, and RankLost, in place of what torch says, where another rank
     has died.
     """
-    world, rank, local, local_world = (
-        int(os.environ.get(name, default))
-        for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "0"))
-    )
+    world, rank, local, local_world = _environment()
     shape = mesh_shape(world, local_world or world, sharding, shard_size, context_parallel)
     if device.type == "cuda" and device.index is None and world > 1:
         device = torch.device("cuda", local)

@@ -31,6 +31,7 @@ from tdm_fast.models.loading import load_parts
 from tdm_fast.models.networks import check_tensors
 from tdm_fast.models.sources import Sources
 from tdm_fast.ops import _dispatch
+from tdm_fast.ranks import PlannedRanks
 from tdm_fast.sizing import checkpoint_bytes
 from tdm_fast.step import make_state
 from tdm_fast.text import MAX_LENGTH
@@ -265,7 +266,8 @@ NONE: Mapping[str, object] = {}
         (None, {"train_batch_size": 0}, "flags", "--train_batch_size 0"),
         (None, {"device": "cuda:64"}, "flags", "--device cuda:64: this machine has"),
         (None, {"profile": "2:3"}, "flags", "--profile 2:3: the run has 1 iterations"),
-        (None, {"gradient_accumulation_steps": 3}, "batch", "must be a multiple of 3"),
+        (None, {"gradient_accumulation_steps": 3}, "ranks", "must be a multiple of 3"),
+        (None, {"context_parallel": 2}, "ranks", "--context_parallel 2: it must divide the number of ranks, 1"),
         (None, {"video_sizes": "5x40x32"}, "latents", "--video_sizes 5x40x32"),
         (None, {"prompts": "no.txt"}, "prompts", "--prompts no.txt: no such file"),
         (None, {"resume_from_checkpoint": "checkpoint-7"}, "checkpoint", "checkpoint-7 is not a checkpoint"),
@@ -342,6 +344,18 @@ def test_memory_that_is_not_there(built: Path, monkeypatch: pytest.MonkeyPatch) 
     row = rows_of(flags(built))["memory"]
     assert (row.state, row.says) == ("failed", "the run would take 100 GB") and "--roles lora" in row.fix
     assert "when the run begins" in rows_of(flags(built, train_batch_size="auto"))["memory"].says
+
+
+def test_ranks_that_are_not_there(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[PlannedRanks] = []
+    monkeypatch.setattr(preflight, "refuse_what_cannot_fit", lambda *arguments: asked.append(arguments[-1]) or "")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "multiple of 8" in rows_of(flags(built))["ranks"].says and not asked
+    for sharding, copies in (("none", 8), ("full", 1), ("hybrid", 2)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        found = rows_of(flags(built, sharding=sharding, train_batch_size=8, context_parallel=2))
+        assert found["ranks"].says == "8, by WORLD_SIZE"
+        assert (asked[-1].world, asked[-1].data_ranks, asked[-1].copies) == (8, 4, copies)
 
 
 def test_the_longest_prompt_decides_the_memory(built: Path, tmp_path: Path) -> None:
