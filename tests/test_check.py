@@ -34,7 +34,7 @@ from tdm_fast.ops import _dispatch
 from tdm_fast.ranks import PlannedRanks
 from tdm_fast.sizing import checkpoint_bytes
 from tdm_fast.step import make_state
-from tdm_fast.text import MAX_LENGTH
+from tdm_fast.text import MAX_LENGTH, PromptCache
 from tdm_fast.train import own_flags, prompts_of, train
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -86,8 +86,9 @@ def narrow_vae(parts: Path) -> None:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The estimate of a run's memory left out."""
+    """The estimates of a run's memory and checkpoints left out."""
     monkeypatch.setattr(preflight, "refuse_what_cannot_fit", lambda *_: "")
+    monkeypatch.setattr(preflight, "checkpoint_bytes", lambda *_: 1000)
 
 
 # ---- an installation
@@ -330,7 +331,7 @@ def test_a_folder_that_cannot_be_written(built: Path, tmp_path: Path) -> None:
 def test_a_full_disk(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 1000))  # type: ignore[attr-defined]
     row = rows_of(flags(built))["disk"]
-    assert row.state == "failed" and "1 checkpoints of" in row.says and "--checkpoints_total_limit" in row.fix
+    assert row.state == "failed" and "1 checkpoints of 0.0 MB" in row.says and "--checkpoints_total_limit" in row.fix
     several = rows_of(flags(built, max_train_steps=500, lr_warmup_steps=5))["disk"].says
     assert several.startswith("3 checkpoints of")  # two that stay, and the next one beside them
 
@@ -346,6 +347,7 @@ def test_memory_that_is_not_there(built: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "when the run begins" in rows_of(flags(built, train_batch_size="auto"))["memory"].says
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_ranks_that_are_not_there(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[PlannedRanks] = []
     monkeypatch.setattr(preflight, "refuse_what_cannot_fit", lambda *arguments: asked.append(arguments[-1]) or "")
@@ -358,13 +360,14 @@ def test_ranks_that_are_not_there(built: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (asked[-1].world, asked[-1].data_ranks, asked[-1].copies) == (8, 4, copies)
 
 
-def test_the_longest_prompt_decides_the_memory(built: Path, tmp_path: Path) -> None:
-    peaks = []
-    for words in (3, 600):
-        (tmp_path / "prompts.txt").write_text("red\n" + "red " * words + "\n")
-        found = rows_of(flags(built, prompts=tmp_path / "prompts.txt"))
-        peaks.append(float(found["memory"].says.split()[0]))
-    assert found["tokens"].says == f"{MAX_LENGTH} at most in a prompt" and peaks[1] > 2 * peaks[0]
+def test_the_longest_prompt_decides_the_memory(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PromptCache] = []
+    monkeypatch.setattr(preflight, "refuse_what_cannot_fit", lambda *arguments: seen.append(arguments[2]) or "")
+    (tmp_path / "prompts.txt").write_text("red\n" * 300 + "red " * 600 + "\n")
+    found = rows_of(flags(built, prompts=tmp_path / "prompts.txt"))
+    assert found["tokens"].says == f"{MAX_LENGTH} at most in a prompt"
+    assert max(seen[0].lengths) == MAX_LENGTH and len(seen[0]) == preflight.FEW_PROMPTS
+    assert seen[0].batch([0]).tensors["encoder_hidden_states"].shape == (1, MAX_LENGTH, 8)
 
 
 def test_random_weights_are_not_made(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ def test_the_guides_command(tmp_path: Path) -> None:
     """What `tdm-fast check` says of the guide's flags, with folders in place of hub names."""
     from tdm_fast import preflight
 
-    flags = [*guide_flags(build_parts(tmp_path)), "--output_dir", str(tmp_path / "run"), "--train_batch_size", "1"]
+    flags = [*guide_flags(build_parts(tmp_path)), "--output_dir", str(tmp_path / "run"), "--train_batch_size", "auto"]
     rows = list(preflight.rows(preflight.parse(flags)))
     assert [row for row in rows if row.state == "failed"] == [] and rows[-1].name == "disk"
 
