@@ -14,9 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from bench_step import SCHEDULE, Model, Rung, make_config, make_prompts
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tdm_fast.config import TrainConfig
 from tdm_fast.distill import rolled_samples
@@ -25,24 +23,12 @@ from tdm_fast.models import OpenSoraT2V_v1_3
 from tdm_fast.models.context import Context
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
-from tdm_fast.ranks import Ranks, mesh_shape, on_mesh
+from tdm_fast.ranks import mesh_shape, pretended
 from tdm_fast.sizing import measure_costs
 from tdm_fast.step import State, make_batch, make_state, update
 from tdm_fast.traffic import Sizes, Tokens, Traffic, least_bytes, sizes_of
 
 GPUS_PER_NODE = 8
-
-
-@contextmanager
-def pretended(world: int, config: TrainConfig) -> Iterator[tuple[Ranks, tuple[int, int, int]]]:
-    """The first of `world` ranks, on nodes of eight, and its mesh; the others do not exist."""
-    n = config.networks
-    shape = mesh_shape(world, min(GPUS_PER_NODE, world), n.sharding, n.shard_size, n.context_parallel)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    try:
-        yield on_mesh(0, world, torch.device("cpu"), shape, n.sharding), shape
-    finally:
-        dist.destroy_process_group()
 
 
 def shared_rung(**flags: Any) -> Rung:
@@ -88,10 +74,12 @@ def count(rung: Rung, model: Model, world: int, per_rank: int = 1) -> dict[str, 
     rung = replace(rung, tdm=rung.tdm | {"num_steps": 1})
     context = rung.networks.get("context_parallel", 1)
     config = config_of(rung, model, world // context, per_rank)
-    with pretended(world, config) as (ranks, shape):
+    n = config.networks
+    shape = mesh_shape(world, min(GPUS_PER_NODE, world), n.sharding, n.shard_size, n.context_parallel)
+    with pretended(world, shape, torch.device("cpu"), n.sharding) as ranks:
         batch = make_batch(0, make_prompts(model), config, [model.latents], ranks=ranks)
         teacher, counted, whole = on_meta(model), {}, 0
-        shards = 1 if config.networks.sharding == "none" else shape[1] * shape[2]
+        shards = 1 if n.sharding == "none" else shape[1] * shape[2]
         sizes = sizes_of(teacher.model, shards)
 
         def build() -> State:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tdm_fast.files import read_json
+from tdm_fast.models.networks import check_tensors, empty_network
 
 Kind = Literal["t5", "clip"]
 
@@ -158,6 +159,15 @@ class EncoderFiles:
             total.update(f"{part}/{path.name} {_sha256(path)}\n".encode())
         return total.hexdigest()[:16]
 
+    def check_tensors(self) -> None:
+        """Raise ValueError for weights that are not all of the model, by the headers of their files."""
+        check_tensors(self.model, CLASSES[self.model_type], others=True)  # a T5's decoder, a CLIP's image encoder
+
+    def empty(self) -> Encoder:
+        """The encoder with its model on the meta device: good for tokens. Raises ValueError as `load` does."""
+        model = empty_network(self.model, CLASSES[self.model_type])
+        return Encoder(self._load_tokenizer(), model, self.kind, self.width, self.name)
+
     def load(self, dtype: torch.dtype = torch.float32) -> Encoder:
         """Load it onto the CPU, frozen. Raises ValueError for weights or a tokenizer that cannot be its."""
         cls, safe = CLASSES[self.model_type], _weights(self.model)[0].suffix == ".safetensors"
@@ -222,10 +232,16 @@ def find_encoder(
         return _in_folder(folder, str(name), flag, kind, tokenizer)
     if folder.exists() or not is_hub_name(str(name)):
         raise ValueError(f"{flag} {name}: no such folder; it takes a folder with model and tokenizer, or a hub name")
-    with suppress(ValueError):  # what is not whole in the cache is completed below
-        if cached := _cached(str(name)):
-            return _in_folder(cached, str(name), flag, kind, tokenizer)
-    return _in_folder(_download(str(name), flag), str(name), flag, kind, tokenizer)
+    return _cached_encoder(str(name), flag, kind, tokenizer) or _in_folder(
+        _download(str(name), flag), str(name), flag, kind, tokenizer
+    )
+
+
+def needs_download(name: str | Path) -> bool:
+    """Whether `find_encoder` would ask the hub for it: no folder, nor whole in the cache on this machine."""
+    if Path(name).expanduser().exists() or not is_hub_name(str(name)):
+        return False
+    return _cached_encoder(str(name), "", None, None) is None
 
 
 def check_width(encoder: Encoder | EncoderFiles, caption_channels: int, *, flag: str = "--text_encoder_name_1") -> None:
@@ -333,6 +349,14 @@ def is_hub_name(name: str) -> bool:
     """Whether it could be a name on the hub, `owner/name` or `name`, rather than a path."""
     parts = name.split("/")
     return len(parts) <= 2 and all(part and part[0].isalnum() for part in parts)
+
+
+def _cached_encoder(name: str, flag: str, kind: Kind | None, tokenizer: Path | None) -> EncoderFiles | None:
+    """The encoder in the hub's cache on this machine; None where it is not whole, and is to be completed."""
+    with suppress(ValueError):
+        if cached := _cached(name):
+            return _in_folder(cached, name, flag, kind, tokenizer)
+    return None
 
 
 def _cached(name: str) -> Path | None:

@@ -74,6 +74,14 @@ def load_yardstick(teacher: Pipeline) -> Yardstick | None:
 
     Raises ValueError when it is damaged, or of other videos than the teacher makes.
     """
+    evaluator = check_evaluator(teacher)
+    if evaluator is None:
+        return None
+    return Yardstick(evaluator, load_reference(teacher.folder, evaluator), load_metrics(teacher.folder))
+
+
+def check_evaluator(teacher: Pipeline) -> ShapesEvaluator | None:
+    """The evaluator in a teacher's folder, None where there is none; raises ValueError as `load_yardstick`."""
     folder, shape = teacher.folder, (tiny_shapes.NUM_FRAMES, tiny_shapes.RESOLUTION, tiny_shapes.RESOLUTION)
     if not (folder / "evaluator").is_dir():
         return None
@@ -83,8 +91,7 @@ def load_yardstick(teacher: Pipeline) -> Yardstick | None:
             f"{folder}: its evaluator takes videos of {shape[0]} frames of {shape[1]} × {shape[2]}, but its transformer"
             f" and VAE make {frames} of {height} × {width}; --num_eval_videos 0 leaves the evaluation out"
         )
-    evaluator = load_evaluator(folder)
-    return Yardstick(evaluator, load_reference(folder, evaluator), load_metrics(folder))
+    return load_evaluator(folder)
 
 
 @torch.no_grad()

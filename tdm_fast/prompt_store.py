@@ -126,6 +126,11 @@ def cached_prompts(folder: Path) -> list[str]:
     return prompts
 
 
+def check_cache(folder: Path, encoders: str) -> int:
+    """The number of prompts whose states are in a folder. Raises ValueError for states of other encoders."""
+    return len(_scan(folder, encoders).places)
+
+
 def _encode_missing(
     folder: Path, wanted: Sequence[str], encoders: str, load: Load, batch_size: int, ranks: Ranks
 ) -> None:

@@ -150,6 +150,38 @@ def check_batch(batch_size: int, accumulation: int, data_ranks: int) -> None:
         )
 
 
+def planned(
+    sharding: Sharding = "full", shard_size: int | None = None, context_parallel: int = 1
+) -> tuple[int, tuple[int, int, int]]:
+    """How many ranks `joined` would join, and the shape of their mesh. Raises its ValueErrors."""
+    world, _, _, local_world = _environment()
+    return world, mesh_shape(world, local_world, sharding, shard_size, context_parallel)
+
+
+@contextmanager
+def pretended(world: int, shape: tuple[int, int, int], device: torch.device, sharding: Sharding) -> Iterator[Ranks]:
+    """The first of `world` ranks on a mesh of `mesh_shape`'s, the others of which do not exist.
+
+    What it sends arrives nowhere, so it is for fake tensors only: to see what such a rank holds and communicates.
+    """
+    if world == 1:
+        yield Ranks(device=device)
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # which makes the backend known, too
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield on_mesh(0, world, device, shape, sharding)
+    finally:
+        dist.destroy_process_group()
+
+
+def _environment() -> tuple[int, int, int, int]:
+    """What the launcher has set: the number of ranks, this one's, its number on its machine, and how many are there."""
+    world, rank, local = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    return world, rank, local, int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
 @contextmanager
 def joined(
     device: torch.device, sharding: Sharding = "full", shard_size: int | None = None, context_parallel: int = 1
@@ -161,8 +193,7 @@ def joined(
     has died.
     """
     _heed_mpi()
-    world, rank, local = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    world, rank, local, local_world = _environment()
     shape = mesh_shape(world, local_world, sharding, shard_size, context_parallel)
     if device.type == "cuda" and device.index is None and world > 1:
         device = torch.device("cuda", local)

@@ -18,6 +18,7 @@ from tdm_fast.memory import (
     device_memory,
     estimate,
     fake_tensors,
+    fill,
     fits_by_estimate,
     fits_by_trial,
     largest_batch,
@@ -125,6 +126,16 @@ def estimate_run(
         update(state, batches[state.iteration], eager, phase)
 
     return estimate(lambda: make_state(copy.deepcopy(teacher), eager, ranks), step, device=device)
+
+
+def checkpoint_bytes(config: TrainConfig, teacher: Denoiser, device: torch.device) -> int:
+    """Bytes of the tensors that a checkpoint of a run holds, the state being made of fake ones."""
+    eager = with_flags(config, compile="off")
+    with torch.compiler.set_stance("force_eager"), fake_tensors():
+        state = make_state(on_device(copy.deepcopy(teacher), device), eager)
+        fill(state.student_optimizer)
+        fill(state.fake_optimizer)
+        return sum(tensor.nbytes for tensors in state.groups().values() for tensor in tensors.values())
 
 
 def on_device(network: Denoiser, device: torch.device) -> Denoiser:

@@ -177,4 +177,4 @@ def least_bytes(
             block = 4 * tokens.rows * tokens.dim * dtype
             found[phase, role, "all-to-all"] += block * tokens.blocks * (forwards + more)
             found[phase, role, "all-gather"] += context * tokens.rows * tokens.patch_features * dtype * forwards
-    return dict(found)
+    return {key: size for key, size in found.items() if size}

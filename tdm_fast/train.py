@@ -86,18 +86,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     keep_memory()
-    device = resolve_device(config.networks.device)
-    check_report_to(config.run.report_to)
-    if config.run.profile and parse_profile(config.run.profile)[0] > config.optimiser.max_train_steps:
-        raise ValueError(
-            f"--profile {config.run.profile}: the run has {config.optimiser.max_train_steps} iterations; it takes A:B"
-            " with A among them"
-        )
-    n, o = config.networks, config.optimiser
+    device = check_flags(config)
+    n = config.networks
     sources = Sources.of_flags(config.model)
     check_teacher(config, sources)
     with joined(device, n.sharding, n.shard_size, n.context_parallel) as ranks:
-        if o.train_batch_size != "auto":
+        if (o := config.optimiser).train_batch_size != "auto":
             check_batch(o.train_batch_size, o.gradient_accumulation_steps, ranks.data_ranks)
         prompts = prompts_of(config)
         # Weights from files are read by each rank as far as it holds them; others are the same on every rank.
@@ -115,6 +109,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
         yardstick = load_yardstick(teacher) if config.run.num_eval_videos and ranks.is_main else None
         with Checkpoints(config.run.output_dir, ranks, keep=config.run.checkpoints_total_limit) as store:
             return run(config, teacher.to(ranks.device), prompts, yardstick, store, ranks, began)
+
+
+def check_flags(config: TrainConfig) -> torch.device:
+    """The device that a run is on. Raises ValueError for one that is not there, and for what cannot be reported."""
+    device = resolve_device(config.networks.device)
+    check_report_to(config.run.report_to)
+    if config.run.profile and parse_profile(config.run.profile)[0] > config.optimiser.max_train_steps:
+        raise ValueError(
+            f"--profile {config.run.profile}: the run has {config.optimiser.max_train_steps} iterations; it takes A:B"
+            " with A among them"
+        )
+    return device
 
 
 def check_teacher(config: TrainConfig, sources: Sources) -> None:
@@ -152,7 +158,7 @@ def run(
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None, ranks)
     mine = store.on_main(lambda: identity(config, cache, teacher))
     if found is not None:
-        refuse_another_runs(found, mine, () if config.run.resume_from_checkpoint == "latest" else TUNED_FLAGS)
+        refuse_another_runs(found, mine, free_flags(config))
     expected = store.on_main(lambda: refuse_what_cannot_fit(config, teacher.denoiser, cache, shapes, ranks))
     costs = store.on_main(lambda: measure_costs(config, teacher.denoiser, cache, shapes, ranks))
     if ranks.is_main:
@@ -372,11 +378,15 @@ def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str], ran
 
 def identity(config: TrainConfig, cache: PromptCache, teacher: Pipeline) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to: flags, with files' contents in place of their paths."""
-    flags = {name: value for name, value in config.flat().items() if name not in FREE_FLAGS | PLACES}
     contents = teacher.sources.digest("transformer", "scheduler", "text_encoder", "tokenizer")
+    return own_flags(config, cache.prompts, teacher) | {"model": f"sha256:{contents}"}
+
+
+def own_flags(config: TrainConfig, prompts: Sequence[str], teacher: Pipeline) -> dict[str, Any]:
+    """The part of a run's identity that is known without reading its teacher's weights."""
+    flags = {name: value for name, value in config.flat().items() if name not in FREE_FLAGS | PLACES | {"model"}}
     return flags | {
-        "model": f"sha256:{contents}",
-        "prompts": f"sha256:{fingerprint(cache.prompts)}",
+        "prompts": f"sha256:{fingerprint(prompts)}",
         "latents": None if teacher.has_own_size else "x".join(map(str, teacher.latent_shape)),
     }
 
@@ -390,13 +400,23 @@ def checkpoint_to_resume(config: TrainConfig, store: Checkpoints) -> Checkpoint 
     if path is None:
         return None
     found = store.read(path)
+    check_resumable(found, config)
+    return found
+
+
+def check_resumable(found: Checkpoint, config: TrainConfig) -> None:
+    """Raise ValueError for a checkpoint that lacks what a training run goes on from."""
     needed = {"student", "fake", "student_optimizer", "fake_optimizer", "guard"}
     absent = sorted((needed | ({"ema"} if config.optimiser.use_ema else set())) - found.groups.keys())
     if found.meta.get("config") is None or absent:
         raise ValueError(
-            f"{path} is no checkpoint of a training run: it lacks {', '.join(absent) or 'its configuration'}"
+            f"{found.path} is no checkpoint of a training run: it lacks {', '.join(absent) or 'its configuration'}"
         )
-    return found
+
+
+def free_flags(config: TrainConfig) -> Collection[str]:
+    """The flags that a run that goes on may have other values of, besides those that are always free."""
+    return () if config.run.resume_from_checkpoint == "latest" else TUNED_FLAGS
 
 
 def path_to_resume(config: TrainConfig) -> Path | None:

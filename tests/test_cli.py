@@ -47,7 +47,7 @@ def test_usage(show: Show) -> None:
     for flag in ("-h", "--help"):
         code, text = show(flag)
         assert code == 0 and all(command in text for command in cli.COMMANDS)
-    for command in ("train", "encode", "sample", "evaluate", "make-teacher"):
+    for command in ("train", "encode", "sample", "evaluate", "make-teacher", "check"):
         code, text = show(command, "--help")
         assert code == 0 and f"tdm-fast {command}" in text
 
@@ -62,7 +62,8 @@ def test_the_flags_of_train_are_explained(show: Show) -> None:
     ("arguments", "says"),
     [
         ("distil", "no command 'distil'; there are train, encode, sample, evaluate, make-teacher, check"),
-        ("check now", "check takes no flags, got now"),
+        ("check now", "now"),
+        ("check --use_hubert", "use.hubert"),
         ("train --use_hubert", "use.hubert"),
         ("train --cfg strong", "strong"),
         ("train --cfg nan", "cfg is nan; it must be a finite number"),

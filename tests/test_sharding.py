@@ -489,7 +489,7 @@ def test_a_mapped_file_is_not_read_into_private_memory(tmp_path: Path) -> None:
     weight = torch.rand(4096, 4096)
     save_file({"weight": weight}, tmp_path / "weights.safetensors")
     for (peak, share, rows), wanted in zip(run_ranks(2, private_memory, tmp_path), weight.chunk(2), strict=True):
-        assert share <= peak < 1.3 * share
+        assert 0.8 * share < peak < 1.3 * share  # some of it is memory that was there and free
         assert torch.equal(rows, wanted)
 
 

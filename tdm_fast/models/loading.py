@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from tdm_fast.encoders import EncoderFiles, check_width
 from tdm_fast.files import read_json, whole_folder
 from tdm_fast.models import registry, upstream
-from tdm_fast.models.networks import check_weights, empty_network, load_network
+from tdm_fast.models.networks import check_tensors, check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
 from tdm_fast.models.sizes import AXES, latent_size, units
@@ -180,6 +183,8 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     schedule = Schedule.from_scheduler(scheduler)
     own = _few_step(sources.folder, schedule.num_train_timesteps)
     vae = registry.load_vae(None, sources.vae, empty=True)
+    for check in weight_checks(sources).values():
+        check()
     transformer = _transformer(sources, vae, empty="transformer" in empty).requires_grad_(False).eval()
     if "vae" not in empty:
         vae = registry.load_vae(None, sources.vae)
@@ -212,13 +217,24 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     return pipeline
 
 
+def weight_checks(sources: Sources) -> dict[str, Callable[[], None]]:
+    """What raises ValueError for a network's weights that are not all of it, by their headers; by the part's name."""
+    checks: dict[str, Callable[[], None]] = {}
+    if sources.transformer is not None and not sources.upstream:
+        checks["transformer"] = partial(check_tensors, sources.transformer, OpenSoraT2V_v1_3)
+    checks["vae"] = partial(check_tensors, sources.vae, registry.vae_class(sources.vae))
+    for encoder, suffix in zip(sources.encoders, ("", "_2"), strict=False):
+        checks[f"text_encoder{suffix}"] = encoder.check_tensors
+    return checks
+
+
 def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
     """The transformer, with the size of its latents in its config.
 
     Raises ValueError where VAE or text encoder do not fit it, and for a size that patches and VAE do not divide.
     """
     if sources.transformer is None:
-        return _random_transformer(sources, vae)
+        return _random_transformer(sources, vae, empty=empty)
     config = OpenSoraT2V_v1_3.load_config(sources.transformer)
     if config.get("in_channels") != vae.channels:
         raise ValueError(
@@ -249,7 +265,7 @@ def check_encoders(sources: Sources, caption_channels: Any) -> None:
         check_width(encoder, width, flag=encoder.flag)
 
 
-def _random_transformer(sources: Sources, vae: VAEWrapper) -> Any:
+def _random_transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
     """A transformer that the registry makes, and a loud word about it."""
     assert sources.name is not None
     channels = {"in_channels": vae.channels, "out_channels": vae.channels}
@@ -260,7 +276,7 @@ def _random_transformer(sources: Sources, vae: VAEWrapper) -> Any:
         f"--model {sources.name}: RANDOM WEIGHTS. No folder has this name and --model_path names none, so the network"
         " is made as its name says and knows nothing. A student of it is good for a look at speed and memory only"
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), init_empty_weights() if empty else nullcontext():
         torch.manual_seed(0)  # the same on every rank, and when a run goes on
         if sources.upstream:
             return upstream.build(registry.base_name(sources.name), **config)

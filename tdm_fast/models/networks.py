@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,38 @@ def check_weights(folder: Path) -> None:
             )
 
 
+def check_tensors(folder: Path, cls: Any, *, others: bool = False) -> None:
+    """Refuse safetensors that are not all of this class and the folder's config; reads their headers only.
+
+    `others` says that tensors that are no part of it may be there. Weights in other files show only when loaded.
+    """
+    found: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118, no mapping
+    if not found:
+        return
+    try:
+        model = empty_network(folder, cls)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder}: its config.json does not make a {cls.__name__}: {error}") from error
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(wanted.keys() & found.keys()):
+        if found[name] != wanted[name]:
+            raise ValueError(
+                f"{folder}: its weights and config.json are not of one {cls.__name__}: {name} has shape {found[name]},"
+                f" where the config makes it {wanted[name]}"
+            )
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    _refuse_keys(folder, cls, wanted.keys() - found.keys() - tied, set() if others else found.keys() - wanted.keys())
+
+
+def _refuse_keys(folder: Path, cls: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
+    for names, says in ((missing, "are missing"), (unexpected, "are too many")):
+        if names:
+            raise ValueError(f"{folder}: {len(names)} weights of {cls.__name__} {says}, {min(names)} first")
+
+
 def load_network(folder: Path, cls: Any) -> Any:
     """`cls.from_pretrained`, no pickles. Raises ValueError for weights that are not all of this class."""
     keywords = {"low_cpu_mem_usage": False} if issubclass(cls, ModelMixin) else {}
@@ -39,9 +72,7 @@ def load_network(folder: Path, cls: Any) -> Any:
         model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **keywords)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{folder}: its weights and config.json are not of one {cls.__name__}: {error}") from error
-    for keys, says in (("missing_keys", "are missing"), ("unexpected_keys", "are too many")):
-        if names := sorted(info[keys]):
-            raise ValueError(f"{folder}: {len(names)} weights of {cls.__name__} {says}, {names[0]} first")
+    _refuse_keys(folder, cls, info["missing_keys"], info["unexpected_keys"])
     return model
 
 

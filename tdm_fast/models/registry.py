@@ -203,6 +203,11 @@ def load_vae(name: str | None, folder: Path | str, *, empty: bool = False) -> VA
     return wrapper(load(place, wrapper.model_class)).requires_grad_(False).eval()
 
 
+def vae_class(folder: Path) -> type[VideoAutoencoder]:
+    """The class of the VAE that `check_vae` has found in a folder."""
+    return _wrapper_of(folder).model_class
+
+
 def check_vae(name: str | None, folder: Path) -> Path:
     """Where in `folder` the VAE is that `load_vae` loads. Raises its ValueErrors, but for weights, which it leaves."""
     if name is not None:
