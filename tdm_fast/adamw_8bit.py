@@ -1,4 +1,4 @@
-"""torchao's AdamW with moments of 8 bits, the same moments whatever the number of ranks."""
+"""torchao's AdamW with moments of 8 bits, the same moments on any number of ranks that all have rows of a matrix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class AdamW8bit(_AdamW8bit):
     rank's have and another's have not, and no checkpoint fits both. Here the numbers that share a scale are of one row,
     which no shard cuts: 256 of them, as in torchao, or the greatest power of two that divides the row. Biases,
     tables of few rows, odd rows, and what some rank has no row of, because torchao's states cannot be empty, stay in 32
-    bits.
+    bits. A checkpoint of 8 bits therefore does not go on where so many ranks are that some have no rows of a matrix:
+    2304 rows, the width of a model of 2.8 B, leave some of 512 ranks without.
     """
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
@@ -39,7 +40,7 @@ class AdamW8bit(_AdamW8bit):
 
 
 def block_size(parameter: Tensor, most: int = 256) -> int | None:
-    """How many numbers of a parameter's moments share a scale, on all ranks alike; None where they keep 32 bits.
+    """How many numbers of a parameter's moments share a scale, the same on all ranks; None where they keep 32 bits.
 
     The parameter is plain or sharded by rows.
     """

@@ -48,8 +48,8 @@ from tdm_fast.files import (
 )
 
 INDEX_FILE = ".metadata"
-PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for the slowest one's disk. A rank that dies is noticed at once: its sockets close."""
+PATIENCE = timedelta(hours=1)
+"""How long ranks wait for what one of them does alone: its disk, samples, an estimate. A death is noticed at once."""
 GRACE = 20.0
 """Seconds that a failing run of several ranks leaves to a save that is under way."""
 

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 STATE_FILE = "state.json"
+LOCK_FILE = ".lock"
 FORMAT = 2
 
 
@@ -120,10 +121,11 @@ def tidy(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if need be, until the block or the process ends.
 
+    A file in it is locked, and not the folder: file systems that several machines share pass on locks of files only.
     Raises ValueError when another run is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

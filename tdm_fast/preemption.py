@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from tdm_fast.checkpoint import Alone, Ranks, first_words, gloo_group
+from tdm_fast.checkpoint import PATIENCE, Alone, Ranks, gloo_group
+from tdm_fast.heartbeat import Heartbeat, lost
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 128 + signal.SIGTERM
@@ -62,16 +63,16 @@ class Agreed(NamedTuple):
 class Preemption:
     """Hears SIGTERM and SIGUSR1 inside its `with` block, which all ranks enter; only the main thread can.
 
-    A rank that dies is noticed at once, as its sockets close; `limit` is for a machine that vanishes. It is also the
-    longest that the ranks may come apart between two calls of `agreed`: what one of them does alone for longer
-    (compiling, decoding samples) must be followed by a barrier of the training's own group, which is more patient.
+    A rank that dies is noticed at once, as its sockets close; `limit` is for a machine that vanishes. It is no limit
+    for what a rank does alone (compiling, decoding samples): threads tell of the ranks' lives (tdm_fast/heartbeat.py).
     """
 
-    def __init__(self, ranks: Ranks | None = None, *, limit: timedelta = timedelta(seconds=30)) -> None:
+    def __init__(self, ranks: Ranks | None = None, *, limit: timedelta = timedelta(seconds=45)) -> None:
         self.ranks, self.limit = ranks or Alone(), limit
         self.heard = 0
         """The signal that this rank has got, or 0."""
         self._group: dist.ProcessGroup | None = None
+        self._heartbeat: Heartbeat | None = None
         self._before: dict[signal.Signals, Any] = {}
         # It is alive now: when the block is entered the ranks meet in the store that it keeps. Whom a shell alone has
         # started may well outlive that.
@@ -79,12 +80,15 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         if self.ranks.world > 1:
-            self._group = gloo_group(self.limit)
+            self._group = gloo_group(PATIENCE)
+            self._heartbeat = Heartbeat(gloo_group(self.limit), self.limit)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop(failed=not (kind is None or issubclass(kind, Preempted)))
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._group is not None:
@@ -96,8 +100,7 @@ class Preemption:
     def agreed(self, *, failing: bool = False) -> Agreed:
         """What any of the ranks has heard, or says of itself, until now; the same on all of them. Waits for no device.
 
-        A rank whose torchrun has died has heard that. Raises RankLost when a rank has died, or has not called this for
-        `limit`.
+        A rank whose torchrun has died has heard that. Raises RankLost when a rank has died.
         """
         heard: int = self.heard
         if not heard and self._agent not in (None, os.getppid()):
@@ -107,10 +110,6 @@ class Preemption:
             try:
                 dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
             except RuntimeError as error:
-                raise RankLost(
-                    f"another rank has died, or has not answered for {self.limit.total_seconds():g} s"
-                    f" ({first_words(error)}); this one ends, too, and saves nothing: the same command goes on from the"
-                    " last whole checkpoint"
-                ) from error
+                raise RankLost(lost(error, self.limit)) from error
             heard, failing = int(told[0]), bool(told[1])
         return Agreed(signal.Signals(heard) if heard else None, failing)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -16,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tdm_fast.files import SaveError
+
 Sharding = Literal["none", "full", "hybrid"]
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=1)
-"""How long ranks wait for each other: rank 0 samples and decodes while they do. A death is noticed at once."""
 SECOND = 3.0
 """Seconds that a rank waits before it says that another one has died: the launcher shows what is said first."""
 MPI = {
@@ -195,11 +194,16 @@ def joined(
     _heed_mpi()
     world, rank, local, local_world = _environment()
     shape = mesh_shape(world, local_world, sharding, shard_size, context_parallel)
-    if device.type == "cuda" and device.index is None and world > 1:
+    if device.type == "cuda" and world > 1:
+        if device.index is not None:
+            raise ValueError(
+                f"--device {device}: there are {world} ranks, each with a GPU of its own; --device cuda gives each one"
+            )
         device = torch.device("cuda", local)
     if world == 1:
         yield Ranks(device=device)
         return
+    from tdm_fast.checkpoint import PATIENCE
     from tdm_fast.preemption import RankLost
     from tdm_fast.rendezvous import fresh_store
 
@@ -262,4 +266,6 @@ def _weights_mesh(device_type: str, shape: Sequence[int], sharding: Sharding) ->
 
 def _is_loss(error: RuntimeError) -> bool:
     text = str(error).lower()
+    if isinstance(error, SaveError | torch.AcceleratorError):  # a GPU's own failure, and a disk's
+        return False
     return isinstance(error, dist.DistError) or any(word in text for word in _LOST)

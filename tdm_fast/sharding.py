@@ -1,6 +1,7 @@
 """Weights sharded over ranks: FSDP2 on every block and at the root, gathered as seldom as the method allows.
 
-What one iteration communicates, per network of P weights in the dtype of computation, B of them in blocks:
+What one iteration communicates, the least that it can without keeping a network's weights from one of its phases to
+the next, or from a forward to its backward, per network of P weights in the dtype of computation, B of them in blocks:
 
     full    student   gather P for the rollout, all calls of it; P for its forward, B for its backward; reduce P in fp32
             fake      gather P + B and reduce P in fp32, for each update; gather P for its forward without gradient
@@ -10,8 +11,8 @@ What one iteration communicates, per network of P weights in the dtype of comput
 
 An iteration whose draws need no rollout gathers nothing for it. With `share_index` the student's forward takes the
 rollout's weights, and its backward gathers P. Weights that are kept from a forward to its backward
-(`reshard_after_forward` off), or over the parts of an accumulated gradient, are gathered once, P, for both. Every
-update adds one sum of two numbers, its norm and its loss. Where every rank has all weights (`--sharding none`) nothing
+(`reshard_after_forward` off), or over the parts of an accumulated gradient, are gathered once, P, for both; the parts'
+gradients add up whole, in fp32, on every rank, until the last of them reduces them. Every update adds one sum of two numbers, its norm and its loss. Where every rank has all weights (`--sharding none`) nothing
 is gathered, and all gradients are all-reduced. With copies (`hybrid`) a reduced shard is all-reduced across them.
 `tdm_fast.traffic.least_bytes` is this as a function.
 

@@ -63,8 +63,10 @@ class Traffic(TorchDispatchMode):
             self._phase, self._role = outer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and (name := func._schema.name.split("::")[1]) in PAYLOADS:
-            collective, position = PAYLOADS[name]
+        if func.namespace == "c10d":
+            # What is not known here counts by its own name, so that no sum leaves it out.
+            name = func._schema.name.split("::")[1]
+            collective, position = PAYLOADS.get(name, (name, 0))
             group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in a._type().name())  # type: ignore[attr-defined]
             if torch.distributed.ProcessGroup.unbox(group).size() > 1:
                 tensors = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)]

@@ -237,7 +237,7 @@ class Watch:
         """Keep an iteration's numbers; the device is not waited for."""
         known = {"num_steps": batch.tdm.num_steps} if batch.tdm.unify else {}
         self.log.add(self.state.iteration, values, lr=self.state.student_rate(self.state.iteration - 1), **known)
-        flops = iteration_flops(self.costs[tuple(batch.latents.shape[1:])], batch)
+        flops = iteration_flops(self.costs[tuple(batch.latents.shape[1:])], batch) // self.state.ranks.context
         self._batches.append((batch.all_prompts, flops))
 
     def flush(self) -> list[Row]:
@@ -313,7 +313,8 @@ def loop(
                 # After the rows, which name the samples, and before anything is saved.
                 state.guard.raise_if_stuck(config.run.max_skipped_steps, store.last)
             # The picture first: a run killed between the two makes it again, and never goes on without it.
-            if done or state.iteration % config.run.validation_steps == 0:
+            # One that has to leave has no time for it.
+            if done or (stop is None and state.iteration % config.run.validation_steps == 0):
                 collected = collect(state.networks, state.student_weights, state.ranks, state.device)
                 if collected is not None:
                     adopt(student, state, config, collected)
@@ -422,6 +423,8 @@ def free_flags(config: TrainConfig) -> Collection[str]:
 def path_to_resume(config: TrainConfig) -> Path | None:
     """What `--resume_from_checkpoint` names. Raises ValueError where a run would bury another's checkpoints."""
     wanted, output = config.run.resume_from_checkpoint, config.run.output_dir
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and latest_checkpoint(output):
+        wanted = "latest"  # torchrun has started this run again, which goes on from where it was
     if wanted == "none":
         if checkpoints(output):
             raise ValueError(

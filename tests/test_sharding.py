@@ -116,11 +116,16 @@ def test_two_ranks_are_one(flags: dict[str, Any], config: TrainConfig) -> None:
     assert results[0][1] and results[1][1] is None
 
 
-def test_twenty_iterations(config: TrainConfig) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [{}, *(pytest.param(f, marks=pytest.mark.slow) for f in ({"sharding": "none"}, {"context_parallel": 2}))],
+    ids=["sharded", "batch split", "tokens split"],
+)
+def test_twenty_iterations(flags: dict[str, Any], config: TrainConfig) -> None:
     """At the default rates: Adam without momentum divides a gradient by its size, so rounding grows with the rate."""
     config = with_flags(config, learning_rate=2e-5)
     _, alone = iterate(config, Ranks(), 20)
-    assert_same(run_ranks(2, rows_of, config, 20)[0][0], alone)
+    assert_same(run_ranks(2, rows_of, with_flags(config, **flags), 20)[0][0], alone)
 
 
 @pytest.mark.parametrize("flags", [{}, {"roles": "lora", "lora_rank": 2}], ids=["full", "lora"])
