@@ -12,8 +12,9 @@ the next, or from a forward to its backward, per network of P weights in the dty
 An iteration whose draws need no rollout gathers nothing for it. With `share_index` the student's forward takes the
 rollout's weights, and its backward gathers P. Weights that are kept from a forward to its backward
 (`reshard_after_forward` off), or over the parts of an accumulated gradient, are gathered once, P, for both; the parts'
-gradients add up whole, in fp32, on every rank, until the last of them reduces them. Every update adds one sum of two numbers, its norm and its loss. Where every rank has all weights (`--sharding none`) nothing
-is gathered, and all gradients are all-reduced. With copies (`hybrid`) a reduced shard is all-reduced across them.
+gradients add up whole, in fp32, on every rank, until the last of them reduces them. Every update adds one sum of two
+numbers, its norm and its loss. Where every rank has all weights (`--sharding none`) nothing is gathered, and all
+gradients are all-reduced. With copies (`hybrid`) a reduced shard is all-reduced across them.
 `tdm_fast.traffic.least_bytes` is this as a function.
 
 Under bf16 weights are gathered in it, and so what is computed has it from the patch embedding on, the residual stream
