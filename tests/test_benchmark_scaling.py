@@ -43,6 +43,7 @@ def test_the_page_is_arithmetic_on_what_was_counted() -> None:
     assert page.count("**does not fit**") == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_are_timed(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "ranks"), "--model", "dry", "--rounds", "2", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)

@@ -414,13 +414,13 @@ def test_a_restored_optimiser_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 def test_states_made_of_tensors_are_saved_in_parts(tmp_path: Path) -> None:
     def make() -> tuple[Tensor, torch.optim.Optimizer]:
-        parameter = nn.Parameter(torch.ones(8))
+        parameter = nn.Parameter(torch.ones(2, 4))
         return parameter, jobs.Eighths([parameter], lr=torch.tensor(0.5))
 
     whole, resumed, again = make(), make(), make()
     for parameter, optimizer in (whole, resumed):
         for step in range(2):
-            parameter.grad = torch.arange(8.0) + step
+            parameter.grad = torch.arange(8.0).view(2, 4) + step
             optimizer.step()
     tensors = optimizer_tensors(resumed[1])
     assert set(tensors) == {"0.moment.codes", "0.moment.scale", "0.moment.qmap", "0.step"}
@@ -430,7 +430,7 @@ def test_states_made_of_tensors_are_saved_in_parts(tmp_path: Path) -> None:
     load_optimizer_tensors(again[1], loaded["o"])
     assert again[1].param_groups[0]["lr"] == 0.5
     for parameter, optimizer in (whole, again):
-        parameter.grad = torch.ones(8)
+        parameter.grad = torch.ones(2, 4)
         optimizer.step()
     assert torch.equal(again[0], whole[0])
     with pytest.raises(ValueError, match=r"another optimiser: 2 names differ, 0.exp_avg first"):

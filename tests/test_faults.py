@@ -133,8 +133,8 @@ SLOW = pytest.mark.slow
     ("phase", "victim"),
     [
         ("training", 1),
-        ("writing", None),
         ("renaming", 0),
+        pytest.param("writing", None, marks=SLOW),
         pytest.param("training", None, marks=SLOW),
         pytest.param("training", 0, marks=SLOW),
         pytest.param("writing", 0, marks=SLOW),

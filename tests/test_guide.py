@@ -64,7 +64,9 @@ def losses() -> dict[str, list[float]]:
     return {}
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(name, marks=[] if name == "python" else pytest.mark.slow) for name in LAUNCHERS]
+)
 def test_one_iteration_under_every_launcher(
     launcher: str, parts: Path, tmp_path: Path, losses: dict[str, list[float]]
 ) -> None:
@@ -148,6 +150,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("package")
 def test_the_packages_own_transformer_trains_the_same(parts: Path, tmp_path: Path) -> None:
     """Also in the pictures that a run makes of its student; and what it leaves is read without the package."""

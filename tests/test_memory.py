@@ -263,6 +263,9 @@ def inputs_of(batch: Batch) -> list[Tensor]:
     return [batch.latents, *batch.conditioning.tensors.values(), *batch.unconditional.tensors.values()]
 
 
+HYBRID = {"sharding": "hybrid", "shard_size": 2, "gradient_accumulation_steps": 2, "roles": "lora"}
+
+
 def held_by_a_rank(config: TrainConfig) -> Any:
     """What this rank will hold, asked of the first alone, and what it then does hold."""
     n, cache = config.networks, make_prompts(MODEL)
@@ -287,8 +290,8 @@ def held_by_a_rank(config: TrainConfig) -> Any:
     ("world", "flags"),
     [
         (2, {}),
-        (2, {"context_parallel": 2, "activation_checkpointing": "selective"}),
-        (4, {"sharding": "hybrid", "shard_size": 2, "gradient_accumulation_steps": 2, "roles": "lora"}),
+        pytest.param(2, {"context_parallel": 2, "activation_checkpointing": "selective"}, marks=pytest.mark.slow),
+        pytest.param(4, HYBRID, marks=pytest.mark.slow),
     ],
     ids=["full", "context", "hybrid, parts, lora"],
 )

@@ -229,6 +229,7 @@ def test_a_text_of_one_token_is_a_kind_of_its_own() -> None:
     assert compilations.after_warm_up == 0
 
 
+@pytest.mark.slow
 def test_blocks_that_inductor_compiled_round_as_well_as_eager_ones() -> None:
     """Against float64: at most twice the eager block's own error, and an ulp of the largest value."""
     torch._dynamo.reset()
@@ -245,6 +246,7 @@ def test_blocks_that_inductor_compiled_round_as_well_as_eager_ones() -> None:
         assert float((ours - gold).abs().max()) <= limit
 
 
+@pytest.mark.slow
 def test_the_steps_losses_are_one_graph() -> None:
     """No graph break in ops, networks and what lies between them: the whole of an update under fullgraph=True."""
     torch._dynamo.reset()

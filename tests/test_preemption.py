@@ -156,6 +156,7 @@ def torchrun() -> Iterator[Torchrun]:
         job.communicate()
 
 
+@pytest.mark.slow
 def test_torchrun_hands_the_signal_on(torchrun: Torchrun, tmp_path: Path) -> None:
     signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     run = tmp_path / "run"

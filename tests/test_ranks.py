@@ -84,6 +84,7 @@ def test_torchrun_makes_the_run_of_one_process(alone: Path, tiny_teacher: Path, 
     assert said.count("memory:") == 1  # only the first rank speaks
 
 
+@pytest.mark.slow
 def test_two_agents_are_two_nodes(alone: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     """Two machines of two ranks each, weights sharded inside a machine and copied across."""
     endpoint = f"127.0.0.1:{free_port()}"
@@ -95,6 +96,7 @@ def test_two_agents_are_two_nodes(alone: Path, tiny_teacher: Path, tmp_path: Pat
     assert_same(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it_too(alone: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     """As for GPUs, which starts processes as torchrun does, GPUs or not; here two machines of one process each."""
     where = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
@@ -122,6 +124,7 @@ for pid in $pids; do wait $pid || exit 1; done
 """
 
 
+@pytest.mark.slow
 def test_accelerate_starts_processes_on_cpus_by_mpi(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,6 +215,7 @@ def automatic(config: TrainConfig, fitting: tuple[int, int]) -> Any:
         return found, sizing.with_batch_size(config, *given, found.flat(), ranks)
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_batch_and_keep_it(config: TrainConfig) -> None:
     """Two parts of two samples on each of two ranks; a run that goes on asks nobody."""
     config = with_flags(config, train_batch_size="auto", gradient_accumulation_steps=2)
