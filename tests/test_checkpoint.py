@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tdm_fast import checkpoint, files
 from tdm_fast.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from tdm_fast.files import (
+    LOCK_FILE,
     STATE_FILE,
     SaveError,
     checkpoints,
@@ -31,6 +32,11 @@ from tdm_fast.files import (
     write_atomically,
 )
 from tdm_fast.optimizer_state import load_optimizer_tensors, optimizer_tensors
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a run's folder besides its lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE)
 
 
 def groups(value: float) -> dict[str, dict[str, Tensor]]:
@@ -198,7 +204,7 @@ def test_a_failure_in_the_background_reaches_the_loop(tmp_path: Path, monkeypatc
                     store.wait() if end == "wait" else store.save(3, groups(3), {})
                 assert store.last == tmp_path / "checkpoint-1" and not store.failed
                 raise failure.value
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+        assert names(tmp_path) == ["checkpoint-1"]
 
 
 def test_a_run_that_fails_lets_its_save_end(
@@ -224,12 +230,12 @@ def test_what_killed_runs_left_is_cleared_by_the_next(tmp_path: Path, monkeypatc
     (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.gone")
     for name in (".checkpoint-2.partial", ".checkpoint-4.partial", ".mine"):
         (tmp_path / name).mkdir()
-    before = sorted(path.name for path in tmp_path.iterdir())
+    before = names(tmp_path)
     with locked(tmp_path), pytest.raises(ValueError, match="in use by another run"), Checkpoints(tmp_path):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == before  # by one that has the lock
+    assert names(tmp_path) == before  # by one that has the lock
     with Checkpoints(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2", "checkpoint-3"]
+        assert names(tmp_path) == [".mine", "checkpoint-2", "checkpoint-3"]
         with pytest.raises(ValueError, match="in use by another run"), Checkpoints(tmp_path):
             pass
     assert_holds(tmp_path / "checkpoint-2", 2)
@@ -275,7 +281,7 @@ def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
             pass
         with pytest.raises(RuntimeError, match="stop"), locked(folder):
             raise RuntimeError("stop")
-    assert not any(folder.iterdir())
+    assert not names(folder)
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,7 +498,7 @@ def test_killed_ranks_go_on_from_the_last_whole_checkpoint(
     again = start(tmp_path, "again")
     assert again.wait() == [0, 0], again.errors()
     assert_result(tmp_path, undisturbed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5", "jobs", "result.pt"]
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-5", "jobs", "result.pt"]
 
 
 def test_killed_between_two_renames(undisturbed: dict[str, Tensor], tmp_path: Path) -> None:
@@ -529,7 +535,7 @@ def test_one_ranks_full_disk_stops_all(undisturbed: dict[str, Tensor], tmp_path:
     )
     for rank in range(2):
         assert job.errors(rank).startswith(f"tdm-fast: {says}"), job.errors()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "jobs"]
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "jobs"]
     assert start(tmp_path, "again").wait() == [0, 0]
     assert_result(tmp_path, undisturbed)
 

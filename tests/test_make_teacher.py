@@ -191,7 +191,7 @@ def test_a_full_disk_is_named_and_costs_nothing(small: None, tmp_path: Path, mon
 def test_a_folder_is_one_runs(tmp_path: Path) -> None:
     with locked(tmp_path / "a"), pytest.raises(ValueError, match="a is in use by another run"):
         make_teacher(config(tmp_path / "a"))
-    assert not any((tmp_path / "a").iterdir())
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
 
 
 def test_no_seed_trains_on_the_evaluations_clips() -> None:
