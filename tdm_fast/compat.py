@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_fast.models.denoiser import Conditioning, Denoiser
+from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.ops import ode_step
 from tdm_fast.samplers import guided, joined
@@ -34,6 +35,22 @@ class _PixArtDenoiser(Denoiser):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             encoder_hidden_states=conditioning.tensors["encoder_hidden_states"],
             encoder_attention_mask=conditioning.tensors.get("encoder_attention_mask"),
+            return_dict=False,
+        )[0]
+
+
+class _OriginalDenoiser(OpenSoraDenoiser):
+    """A network of Open-Sora Plan's own code, which takes no None for a mask: ones keep everything."""
+
+    def call_model(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        states = conditioning.tensors["encoder_hidden_states"].unsqueeze(1)
+        mask = conditioning.tensors.get("encoder_attention_mask")
+        return self.model(
+            x_t,
+            timestep,
+            states,
+            attention_mask=x_t.new_ones(x_t.shape[0], *x_t.shape[2:]),
+            encoder_attention_mask=states.new_ones(states.shape[:-1]) if mask is None else mask.unsqueeze(1),
             return_dict=False,
         )[0]
 
@@ -180,7 +197,10 @@ def _schedule(noise_scheduler: Any, alpha: Tensor | None = None, sigma: Tensor |
 
 
 def _denoiser(model: nn.Module, schedule: Schedule, use_opensora: bool) -> Denoiser:
-    return (OpenSoraDenoiser if use_opensora else _PixArtDenoiser)(model, schedule)
+    if not use_opensora:
+        return _PixArtDenoiser(model, schedule)
+    ours = any(isinstance(module, OpenSoraT2V_v1_3) for module in model.modules())  # in whatever it is wrapped
+    return (OpenSoraDenoiser if ours else _OriginalDenoiser)(model, schedule)
 
 
 def _conditioning(states: Tensor, mask: Tensor | None) -> Conditioning:

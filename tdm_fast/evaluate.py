@@ -248,7 +248,8 @@ class EvaluateConfig:
     num_steps: int | None = None
     """Network steps; a student's own, or 50 for a teacher, if not given."""
     guidance: float | None = None
-    """Classifier-free guidance; 1 is none. 1 for a student, a teacher's measured best if its folder has one."""
+    """Classifier-free guidance; 1 is none. If not given 1 for a student, a teacher's measured best if its folder has
+    one, else 7.5."""
     num_videos: int = NUM_VIDEOS
     """Videos to measure, the 144 prompts in turn."""
     output: Path | None = None

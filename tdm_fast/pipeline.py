@@ -19,10 +19,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
+from tdm_fast.config import ModelConfig
 from tdm_fast.models.denoiser import Conditioning
-from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
+from tdm_fast.models.loading import Pipeline, load_parts, save_student
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
 from tdm_fast.models.sizes import units
+from tdm_fast.models.sources import Sources
 from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.philox import randn, random_integers
 from tdm_fast.samplers import FewStepSampler, denoise, trailing_timesteps
@@ -32,6 +34,14 @@ from tdm_fast.text import MAX_LENGTH, encode_prompts, pad
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Philox's stream that seeds what a scheduler draws in its steps; stream 0 is the noise that sampling starts from.
 STEPS_STREAM = 1
+# Frames x height x width of the videos that are made at once: 48 of tiny-shapes. A VAE of 128 base channels takes about
+# 0.7 kB for each.
+PIXELS_AT_ONCE = 48 * 17 * 64 * 64
+
+
+def videos_at_once(video_shape: Sequence[int]) -> int:
+    """How many videos of `(T, H, W)` frames and pixels are made at once where nobody says it: 1 of large ones."""
+    return max(1, PIXELS_AT_ONCE // math.prod(video_shape))
 
 
 @dataclass
@@ -61,7 +71,8 @@ class OpenSoraPipeline(DiffusionPipeline):
 
     A student's folder gives one that samples in the student's few steps, any other takes the steps of `scheduler`, a
     scheduler of diffusers (DDPM, DDIM, Euler, Euler-ancestral, DPM-Solver++, flow matching). `vae` is a wrapper as in
-    `tdm_fast.models.vae`. `enable_vae_tiling` decodes in pieces of time. `text_encoder_2` is for transformers that take
+    `tdm_fast.models.vae`. Large videos are decoded one by one, and in pieces of time where the VAE's norms allow it;
+    `enable_vae_tiling` has all decoded in pieces. `text_encoder_2` is for transformers that take
     two encoders' states, which Open-Sora Plan v1.3's does not: there it is not run, which is said once.
     """
 
@@ -112,9 +123,26 @@ class OpenSoraPipeline(DiffusionPipeline):
         return pipeline
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:  # type: ignore[override]
-        """Load a teacher's or a student's folder, checked as `load_pipeline` does, onto the CPU in float32."""
-        return cls.of(load_pipeline(Path(folder)))
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        ae_path: str | os.PathLike[str] | None = None,
+        text_encoder_name_1: str | None = None,
+        text_encoder_name_2: str | None = None,
+    ) -> Self:
+        """Load a teacher's or a student's folder, checked as `load_parts` does, onto the CPU in float32.
+
+        A transformer's folder takes its VAE's folder and its text encoder (a folder or a hub name) beside it, named
+        as the commands' flags; in a pipeline's folder they replace its own.
+        """
+        flags = ModelConfig(
+            model=Path(folder),
+            ae_path=None if ae_path is None else Path(ae_path),
+            text_encoder_name_1=text_encoder_name_1,
+            text_encoder_name_2=text_encoder_name_2,
+        )
+        return cls.of(load_parts(Sources.of_flags(flags)))
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
         """Write a folder that `from_pretrained` and the commands load; `options` are diffusers', for a teacher."""
@@ -130,7 +158,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
-        """Decode whole videos at once again."""
+        """Decode whole videos again, but for large ones of a VAE to which it makes no difference."""
         self.vae.disable_tiling()
 
     @torch.no_grad()
@@ -249,7 +277,15 @@ class OpenSoraPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[N, C, T', H', W']` to videos `[N, T, 3, H, W]`, about in [-1, 1]."""
-        return self.vae_wrapper.decode(latents.to(self.vae.dtype))
+        shape = self._video_shape(latents.shape[2:])
+        in_pieces, vae = self.vae.use_tiling, self.vae
+        if vae.tiling_is_exact and math.prod(shape) > PIXELS_AT_ONCE:
+            vae.enable_tiling()
+        try:
+            parts = latents.to(vae.dtype).split(videos_at_once(shape))
+            return torch.cat([self.vae_wrapper.decode(part) for part in parts])
+        finally:
+            vae.use_tiling = in_pieces
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_sequence_length: int = MAX_LENGTH) -> Conditioning:
@@ -285,6 +321,17 @@ class OpenSoraPipeline(DiffusionPipeline):
             if length is not None:
                 shape[axis] = unit.latents(length, f"{name} is {length}")
         return tuple(shape)
+
+    @property
+    def video_shape(self) -> tuple[int, int, int]:
+        """`(T, H, W)` of the transformer's own size of videos, in frames and pixels."""
+        return self._video_shape(self.latent_shape(None, None, None)[1:])
+
+    def _video_shape(self, latents: Sequence[int]) -> tuple[int, int, int]:
+        """`(T, H, W)` of the videos of such latents."""
+        axes = units(self.vae_wrapper.strides, self.transformer.config.patch_size)
+        frames, height, width = (unit.pixels(size) for unit, size in zip(axes, latents, strict=True))
+        return frames, height, width
 
     def sampler(self, num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None) -> Any:
         """What takes the steps, its `timesteps` set. Raises ValueError for numbers of steps that do not exist."""
@@ -327,7 +374,9 @@ def upstream_pipeline(pipeline: OpenSoraPipeline) -> Any:
         ) from error
     vae: Any = pipeline.vae_wrapper
     vae.vae_scale_factor = vae.strides  # where that code looks for them
-    parts = {name: getattr(pipeline, name) for name in ("text_encoder", "tokenizer", "transformer", "scheduler")}
+    names = ["text_encoder", "tokenizer", "transformer", "scheduler"]
+    names += ["text_encoder_2", "tokenizer_2"] if pipeline.text_encoder_2 is not None else []
+    parts = {name: getattr(pipeline, name) for name in names}
     return module.OpenSoraPipeline(vae=vae, **parts)
 
 

@@ -28,7 +28,7 @@ from tdm_fast.models.loading import METRICS_FILE, Pipeline, load_metrics
 from tdm_fast.sample import generate
 from tdm_fast.samplers import trailing_timesteps
 from tdm_fast.text import PromptCache
-from tdm_fast.video import captioned, enlarge, grid, to_uint8, write_video
+from tdm_fast.video import captioned, enlarge, enlargement, grid, to_uint8, write_video
 
 NUM_SHOWN, NUM_PICTURED = 6, 3
 NUM_TIMED = 12
@@ -48,16 +48,19 @@ def finish(
     cache: PromptCache,
     yardstick: Yardstick | None,
     num_videos: int,
+    *,
+    guidance: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Measure the student beside the teacher, write `comparison.png` and `comparison.mp4`; returns the table's rows.
 
-    Without a yardstick nothing is measured, only shown. The teacher's quality is what its folder
-    says it measured once, else it is measured now and kept in the run's folder; its seconds per video are measured
-    here, so that all times are of this machine.
+    Without a yardstick nothing is measured, only shown, the teacher at `guidance`. The teacher's quality is what its
+    folder says it measured once, else it is measured now and kept in the run's folder; its seconds per video are
+    measured here, so that all times are of this machine. What is shown is computed in `dtype`, as `generate` says.
     """
     assert student.timesteps is not None
     rows: dict[str, Any] = {}
-    guidances = {"teacher": 1.0, "teacher_few_step": 1.0, "student": 1.0}
+    guidances = {"teacher": guidance, "teacher_few_step": guidance, "student": 1.0}
     if yardstick:
         evaluator, reference, known = yardstick
         known = known or _swept_here(output, teacher, evaluator, reference)
@@ -81,11 +84,12 @@ def finish(
     # Five more each time, so that with tiny-shapes no attribute stays the same across the picture.
     shown = [(i * len(cache) // NUM_SHOWN + 5 * i) % len(cache) for i in range(min(NUM_SHOWN, len(cache)))]
     timed = (shown * NUM_TIMED)[:NUM_TIMED] if yardstick else shown
-    clips = {}
+    clips: dict[str, list[Tensor]] = {}
     for name, timesteps in steps.items():
         began = time.perf_counter()
         pipeline = student if name == "student" else teacher
-        clips[name] = next(generate(pipeline, cache, timed, timesteps, guidance=guidances[name], seed=NOISE_SEED))
+        chunks = generate(pipeline, cache, timed, timesteps, guidance=guidances[name], seed=NOISE_SEED, dtype=dtype)
+        clips[name] = [to_uint8(clip) for chunk in chunks for clip in chunk]
         if yardstick:
             rows[name]["seconds_per_video"] = round((time.perf_counter() - began) / len(timed), 4)
     compare(
@@ -107,10 +111,17 @@ def _swept_here(
     return known
 
 
-def compare(output: Path, clips: Mapping[str, Tensor], steps: Mapping[str, int], prompts: Sequence[str]) -> None:
-    """`comparison.mp4`, a column a prompt, and `comparison.png`, its first prompts at three times; a row a model."""
+def compare(
+    output: Path, clips: Mapping[str, Sequence[Tensor]], steps: Mapping[str, int], prompts: Sequence[str]
+) -> None:
+    """`comparison.mp4`, a column a prompt, and `comparison.png`, its first prompts at three times; a row a model.
+
+    Clips are uint8 `[T, H, W, 3]`; what is small is shown up to three times as large.
+    """
     names = {name: f"{LABELS[name].split(',')[0]}, {steps[name]} steps" for name in clips}
-    videos = {name: [enlarge(to_uint8(clip), 3) for clip in clips[name][: len(prompts)]] for name in clips}
+    videos = {
+        name: [enlarge(clip, enlargement(clip, most=3)) for clip in row[: len(prompts)]] for name, row in clips.items()
+    }
     write_video(output / "comparison.mp4", _labelled(videos, names, prompts))
     stills = {
         name: [grid([[clip[i][None] for i in (0, len(clip) // 2, -1)]], gap=1) for clip in row[:NUM_PICTURED]]

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tyro.conf import arg
 
-from tdm_fast.config import BUNDLED_TEACHER
+from tdm_fast.config import BUNDLED_TEACHER, ModelConfig
+from tdm_fast.encoders import EncoderFiles
 from tdm_fast.models.loading import Pipeline, load_metrics, load_parts
 from tdm_fast.models.sources import Sources
 from tdm_fast.philox import randn
-from tdm_fast.pipeline import OpenSoraPipeline, choose_timesteps, step_generators, upstream_pipeline
+from tdm_fast.pipeline import (
+    OpenSoraPipeline,
+    choose_timesteps,
+    step_generators,
+    upstream_pipeline,
+    videos_at_once,
+)
 from tdm_fast.prompts import read_prompts
 from tdm_fast.samplers import FEW_STEP, make_scheduler
 from tdm_fast.step import resolve_device
 from tdm_fast.text import PromptCache
-from tdm_fast.video import SUFFIXES, captioned, enlarge, grid, to_uint8, write_video
+from tdm_fast.video import SUFFIXES, captioned, enlarge, enlargement, grid, to_uint8, write_video
+
+MOST_AT_ONCE = 48
+UNMEASURED_GUIDANCE = 7.5  # Open-Sora Plan's own
 
 
 def generate(
@@ -32,20 +44,33 @@ def generate(
     *,
     guidance: float = 1.0,
     seed: int = 0,
-    batch_size: int = 48,
+    batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Tensor]:
     """Clips of the cached prompts at `indices`, in chunks `[b, T, 3, H, W]`.
 
     Clip n's noise is a function of (seed, n) alone, so two models given the same seed start from the same noise, and
-    the chunk size does not matter. Computed on the pipeline's device, returned as float32 on the CPU.
+    the chunk size does not matter: up to 48, and a single one of large clips, if not given. Computed on the pipeline's
+    device, with autocast to a `dtype` other than float32, and returned as float32 on the CPU.
     """
     sampler = OpenSoraPipeline.of(pipeline)
     sampler.set_progress_bar_config(disable=True)
-    return in_batches(sampler, cache, indices, batch_size, timesteps=timesteps, guidance_scale=guidance, seed=seed)
+    arguments: dict[str, Any] = {"timesteps": timesteps, "guidance_scale": guidance, "seed": seed}
+    return in_batches(sampler, cache, indices, chosen_batch(sampler, batch_size), dtype, **arguments)
+
+
+def chosen_batch(pipeline: OpenSoraPipeline, batch_size: int | None) -> int:
+    """`batch_size`, or if not given up to 48, as many as are made at once of the pipeline's own size."""
+    return min(MOST_AT_ONCE, videos_at_once(pipeline.video_shape)) if batch_size is None else batch_size
 
 
 def in_batches(
-    pipeline: OpenSoraPipeline, cache: PromptCache, indices: Sequence[int], batch_size: int, **arguments: Any
+    pipeline: OpenSoraPipeline,
+    cache: PromptCache,
+    indices: Sequence[int],
+    batch_size: int,
+    dtype: torch.dtype,
+    **arguments: Any,
 ) -> Iterator[Tensor]:
     """Clips `[b, T, 3, H, W]`, about in [-1, 1], float32 on the CPU; `arguments`, a seed among them, are the call's."""
     for offset in range(0, len(indices), batch_size):
@@ -54,8 +79,15 @@ def in_batches(
             "conditioning": cache.batch(chunk),
             "negative_conditioning": cache.negatives(len(chunk)),
         }
-        latents = pipeline(**texts, sample_offset=offset, output_type="latent", **arguments).videos
-        yield pipeline.decode(latents).float().cpu()
+        with autocast(pipeline.device, dtype):
+            latents = pipeline(**texts, sample_offset=offset, output_type="latent", **arguments).videos
+            clips = pipeline.decode(latents)
+        yield clips.float().cpu()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Networks compute in `dtype`; float32 is as they are."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @dataclass(kw_only=True)
@@ -65,32 +97,48 @@ class SampleConfig:
     prompt: tuple[str, ...] = ()
     """One or more prompts; several are set side by side."""
     prompts: Path | None = None
-    """File of prompts instead, one a line."""
+    """File of prompts instead, one a line, or a table, as for `train`."""
+    prompt_column: str | None = None
+    """The column of such a file, if it is a table, that holds the prompts; found by its name if not given."""
     model: Path = BUNDLED_TEACHER
-    """Folder of a student or a teacher; the bundled teacher if none is named."""
+    """A student's or a teacher's folder, or as for `train` a transformer's, or a name; the bundled teacher if none is
+    named."""
+    model_path: Path | None = None
+    """Folder of the transformer's weights where `--model` is a name."""
+    ae: str | None = None
+    """The VAE's name, such as WFVAEModel_D8_4x8x8, which `--ae_path` has to hold."""
+    ae_path: Path | None = None
+    """The VAE's folder; the model's own if not given."""
+    text_encoder_name_1: str | None = None
+    """T5, mT5 or UMT5: a hub name, or a folder with model and tokenizer; the model's own if not given."""
+    text_encoder_name_2: str | None = None
+    """A second encoder (CLIP), for a transformer that takes two."""
     scheduler: Literal["few-step", "ddpm", "ddim", "euler", "euler-ancestral", "dpm++"] = "few-step"
     """`few-step`: the deterministic trajectory, through a student's own timesteps, or evenly spaced ones for a teacher.
     The others are diffusers' schedulers with the model's noise levels."""
     num_steps: int | None = None
     """Network calls: a student's own number, or 50 for a teacher, if not given."""
     guidance: float | None = None
-    """Classifier-free guidance; 1 turns it off. 1 for a student, a teacher's measured best if its folder has one."""
+    """Classifier-free guidance; 1 turns it off. If not given 1 for a student, a teacher's measured best if its folder
+    has one, else 7.5."""
     guidance_rescale: float = 0.0
     """How far to take guided outputs back to the deviation without guidance, 0 (not at all) to 1."""
     num_frames: int | None = None
     """Frames of a video; the model's own number if not given."""
-    height: int | None = None
+    height: Annotated[int | None, arg(aliases=["--max-height"])] = None
     """Its height in pixels, likewise."""
-    width: int | None = None
+    width: Annotated[int | None, arg(aliases=["--max-width"])] = None
     """Its width in pixels, likewise."""
     seed: int = 0
     """Seed of the noise."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    batch_size: int = 48
-    """Videos that are made at once."""
+    batch_size: int | None = None
+    """Videos that are made at once; up to 48, and one of large ones, if not given."""
     enable_tiling: bool = False
-    """Decode in pieces of time: less memory for long videos."""
+    """Decode in pieces of time: less memory for long videos. Large ones are, where it changes nothing."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """What transformer and text encoders are kept in, and the VAE computes in; `auto` takes bfloat16 on a GPU."""
     device: str = "auto"
     """`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one."""
     opensora_source: Literal["native", "upstream"] = "native"
@@ -101,10 +149,12 @@ class SampleConfig:
 
 
 def best_guidance(pipeline: Pipeline, num_steps: int) -> float:
-    """1 for a student; a teacher's measured best, at few steps or at many; 1 where nothing is known."""
-    metrics = load_metrics(pipeline.folder) if pipeline.timesteps is None else None
-    if metrics is None:
+    """1 for a student; a teacher's measured best, at few steps or at many; 7.5 where none is known."""
+    if not pipeline.sources.knows_null_prompt:
         return 1.0
+    metrics = load_metrics(pipeline.folder)
+    if metrics is None:
+        return UNMEASURED_GUIDANCE
     return float(metrics["teacher_few_step" if num_steps <= 8 else "teacher"]["guidance"])
 
 
@@ -114,79 +164,146 @@ def check_guidance(guidance: float | None) -> None:
         raise ValueError(f"--guidance {guidance}: it takes a finite number; 1 is none")
 
 
-def sample(config: SampleConfig) -> None:
-    """Sample the prompts and write the file. Raises ValueError for what cannot work, before any network runs."""
-    if config.output.suffix not in SUFFIXES:
-        raise ValueError(f"--output {config.output}: it takes a name that ends in {', '.join(SUFFIXES)}")
-    prompts = prompts_of(config)
+def check_output(output: Path) -> None:
+    """Raise ValueError for a file of another kind, and for one that cannot be written."""
+    if output.suffix not in SUFFIXES:
+        raise ValueError(f"--output {output}: it takes a name that ends in {', '.join(SUFFIXES)}")
+    if output.is_dir():
+        raise ValueError(f"--output {output}: it is a folder; it takes the name of a file")
+    there = next(path for path in output.absolute().parents if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):  # what os.access says is not true of every file system
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output {output}: nothing can be written to {there} ({error.strerror}); name another folder"
+        ) from error
+
+
+def check_flags(config: SampleConfig) -> None:
+    """Raise ValueError for what cannot work whatever the model."""
+    check_output(config.output)
     check_guidance(config.guidance)
     if not 0 <= config.guidance_rescale <= 1:
         raise ValueError(f"--guidance_rescale {config.guidance_rescale}: it takes 0 (none) to 1")
-    if config.batch_size < 1:
+    if config.batch_size is not None and config.batch_size < 1:
         raise ValueError(f"--batch_size {config.batch_size}: it takes a whole number from 1 up")
     if config.opensora_source == "upstream" and config.scheduler == FEW_STEP:
         raise ValueError("--opensora_source upstream: its pipeline has no few-step sampler; name another --scheduler")
-    device = resolve_device(config.device)
-    sources = replace(Sources.of_folder(config.model), upstream=config.opensora_source == "upstream")
-    model = load_parts(sources).to(device)
+
+
+def sources_of(config: SampleConfig) -> Sources:
+    """Where the model's parts are. Raises ValueError, naming the flag, for what is missing or of another model."""
+    names = ("model", "model_path", "ae", "ae_path", "text_encoder_name_1", "text_encoder_name_2", "opensora_source")
+    size: dict[str, Any] = {"num_frames": config.num_frames, "max_height": config.height, "max_width": config.width}
+    return Sources.of_flags(ModelConfig(**{name: getattr(config, name) for name in names}, **size))
+
+
+def sample(config: SampleConfig) -> None:
+    """Sample the prompts and write the file. Raises ValueError for what cannot work, before any weights are read."""
+    check_flags(config)
+    prompts = prompts_of(config)
+    device, upstream = resolve_device(config.device), config.opensora_source == "upstream"
+    half = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if half else torch.float32
+    sources = sources_of(config)
+    # Configs and headers alone; the shapes of the package's transformer are those of ours.
+    empty = load_parts(replace(sources, upstream=False), empty={"transformer", "vae", "text_encoder"})
+    prepare(empty, config)
+    # The encoders are gone before the other networks come; the package's pipeline encodes by itself.
+    cache = None if upstream else encode(empty.encoders, prompts, config.negative_prompt, device, dtype)
+    model = load_parts(sources, empty=set() if upstream else {"text_encoder"})
+    for network in (model.denoiser.model, model.text_encoder):
+        if network is not None:
+            nn.Module.to(network, dtype)  # diffusers' own warns of modules to be kept in float32, naming none
+    pipeline, arguments = prepare(model.to(device), config)
+    if config.enable_tiling:
+        pipeline.enable_vae_tiling()
+    batch_size = chosen_batch(pipeline, config.batch_size)
+    if cache is None:
+        chunks = with_upstream(pipeline, prompts, config, batch_size, dtype, arguments)
+    else:
+        pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only where someone can watch it
+        chunks = in_batches(pipeline, cache, range(len(cache)), batch_size, dtype, seed=config.seed, **arguments)
+    clips = [clip if clip.dtype == torch.uint8 else to_uint8(clip) for chunk in chunks for clip in chunk]
+    factor = enlargement(clips[0], most=4)  # small videos are hard to see
+    rows = [captioned(enlarge(clip, factor), text) for clip, text in zip(clips, prompts, strict=True)]
+    write_video(config.output, grid([rows]))
+    steps, guidance = arguments["num_inference_steps"], arguments["guidance_scale"]
+    print(f"{config.output}: {len(clips)} video(s), {steps} steps, guidance {guidance:g}")
+
+
+def prepare(model: Pipeline, config: SampleConfig) -> tuple[OpenSoraPipeline, dict[str, Any]]:
+    """What makes the videos, and the arguments of its calls; the model's networks may still be without weights.
+
+    Raises ValueError for a scheduler or a number of steps that the model cannot take.
+    """
     few_step = config.scheduler == FEW_STEP
     pipeline = OpenSoraPipeline.of(model, None if few_step else make_scheduler(config.scheduler, model.scheduler))
     timesteps = choose_timesteps(model, config.num_steps) if few_step else None
     num_steps = len(pipeline.sampler(config.num_steps, timesteps).timesteps)
-    arguments: dict[str, Any] = {
-        "num_frames": config.num_frames,
-        "height": config.height,
-        "width": config.width,
+    return pipeline, {
         "num_inference_steps": num_steps,
+        "timesteps": timesteps,
         "guidance_scale": best_guidance(model, num_steps) if config.guidance is None else config.guidance,
         "guidance_rescale": config.guidance_rescale,
     }
-    pipeline.latent_shape(config.num_frames, config.height, config.width)
-    if config.enable_tiling:
-        pipeline.enable_vae_tiling()
-    warn_unknown_words(model.tokenizer, prompts)
-    if config.opensora_source == "upstream":
-        chunks = with_upstream(pipeline, prompts, config, arguments)
-    else:
-        pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only where someone can watch it
-        cache = PromptCache.encode(prompts, model.tokenizer, model.text_encoder, negative_prompt=config.negative_prompt)
-        arguments |= {"timesteps": timesteps, "seed": config.seed}
-        chunks = in_batches(pipeline, cache, range(len(cache)), config.batch_size, **arguments)
-    clips = [clip if clip.dtype == torch.uint8 else to_uint8(clip) for chunk in chunks for clip in chunk]
-    factor = max(1, min(4, 512 // max(clips[0].shape[1:3])))  # small videos are hard to see
-    rows = [captioned(enlarge(clip, factor), text) for clip, text in zip(clips, prompts, strict=True)]
-    write_video(config.output, grid([rows]))
-    print(f"{config.output}: {len(clips)} video(s), {num_steps} steps, guidance {arguments['guidance_scale']:g}")
+
+
+def encode(
+    encoders: Sequence[EncoderFiles],
+    prompts: Sequence[str],
+    negative_prompt: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PromptCache:
+    """The prompts by one or two text encoders, which are in memory no longer than that."""
+    loaded = [files.load(dtype) for files in encoders]
+    warn_unknown_words(loaded[0].tokenizer, prompts)
+    parts = [(encoder.tokenizer, encoder.model.to(device)) for encoder in loaded]
+    second = {"tokenizer_2": parts[1][0], "encoder_2": parts[1][1]} if len(parts) > 1 else {}
+    return PromptCache.encode(prompts, *parts[0], negative_prompt=negative_prompt, **second)
 
 
 def prompts_of(config: SampleConfig) -> list[str]:
     """What `--prompt` or `--prompts` say. Raises ValueError for both, neither, and empty prompts."""
     if config.prompts is not None and config.prompt:
         raise ValueError(f"--prompts {config.prompts}: --prompt names prompts as well; leave one out")
-    prompts = read_prompts(config.prompts) if config.prompts is not None else list(config.prompt)
+    file = config.prompts
+    prompts = read_prompts(file, config.prompt_column) if file is not None else list(config.prompt)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("--prompt: it takes at least one prompt, none of them empty")
     return prompts
 
 
 def with_upstream(
-    pipeline: OpenSoraPipeline, prompts: Sequence[str], config: SampleConfig, arguments: dict[str, Any]
+    pipeline: OpenSoraPipeline,
+    prompts: Sequence[str],
+    config: SampleConfig,
+    batch_size: int,
+    dtype: torch.dtype,
+    arguments: dict[str, Any],
 ) -> Iterator[Tensor]:
     """Clips uint8 `[b, T, H, W, 3]` by the upstream package's pipeline, from the noise that ours would start from."""
     upstream = upstream_pipeline(pipeline)
-    shape = pipeline.latent_shape(config.num_frames, config.height, config.width)
-    time, *space = pipeline.vae_wrapper.strides  # the pipeline looks for the model's size under other names
-    height, width = (latents * stride for latents, stride in zip(shape[2:], space, strict=True))
-    arguments = {**arguments, "num_frames": (shape[1] - 1) * time + 1, "height": height, "width": width}
-    for offset in range(0, len(prompts), config.batch_size):
-        chunk = list(prompts[offset : offset + config.batch_size])
-        yield upstream(
-            prompt=chunk,
-            negative_prompt=[config.negative_prompt] * len(chunk),
-            latents=randn(len(chunk), shape, seed=config.seed, sample_offset=offset, device=pipeline.device),
-            generator=step_generators(config.seed, len(chunk), offset),
-            **arguments,
-        ).videos
+    warn_unknown_words(pipeline.tokenizer, prompts)
+    shape = pipeline.latent_shape(None, None, None)
+    frames, height, width = pipeline.video_shape  # the pipeline looks for the model's size under other names
+    arguments = {name: value for name, value in arguments.items() if name != "timesteps"}
+    for offset in range(0, len(prompts), batch_size):
+        chunk = list(prompts[offset : offset + batch_size])
+        with autocast(pipeline.device, dtype):
+            output = upstream(
+                prompt=chunk,
+                negative_prompt=[config.negative_prompt] * len(chunk),
+                num_frames=frames,
+                height=height,
+                width=width,
+                latents=randn(len(chunk), shape, seed=config.seed, sample_offset=offset, device=pipeline.device),
+                generator=step_generators(config.seed, len(chunk), offset),
+                **arguments,
+            )
+        yield output.videos
 
 
 def warn_unknown_words(tokenizer: Any, prompts: Sequence[str]) -> None:

@@ -201,7 +201,16 @@ def run(
     if yardstick is not None:  # whose prompts are tiny-shapes', whatever the run's are
         teacher.load_text_encoder()
         student.tokenizer, student.text_encoder = teacher.tokenizer, teacher.text_encoder
-    metrics = finish(output, teacher, student, cache, yardstick, config.run.num_eval_videos)
+    metrics = finish(
+        output,
+        teacher,
+        student,
+        cache,
+        yardstick,
+        config.run.num_eval_videos,
+        guidance=config.tdm.cfg,
+        dtype=torch.bfloat16 if uses_bf16(config, state.device) else torch.float32,
+    )
     metrics |= {
         "iterations": state.iteration,
         "train_seconds": round(state.seconds, 1),
@@ -318,7 +327,8 @@ def loop(
                 collected = collect(state.networks, state.student_weights, state.ranks, state.device)
                 if collected is not None:
                     adopt(student, state, config, collected)
-                    validate(student, cache, output / "samples" / f"step-{state.iteration:06d}.png")
+                    dtype = torch.bfloat16 if uses_bf16(config, state.device) else torch.float32
+                    validate(student, cache, output / "samples" / f"step-{state.iteration:06d}.png", dtype)
                     if state.ranks.world > 1:
                         student.denoiser.model = torch.nn.Module()  # what was collected is not to stay
                 state.ranks.barrier()
@@ -462,10 +472,10 @@ def resume(state: State, found: Checkpoint, store: Checkpoints) -> None:
         )
 
 
-def validate(student: Pipeline, cache: PromptCache, path: Path) -> None:
+def validate(student: Pipeline, cache: PromptCache, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Sample fixed prompts from fixed noise; the picture has a row a prompt, a frame in four across."""
     count = min(NUM_VALIDATION_PROMPTS, len(cache))
     indices = [i * len(cache) // count for i in range(count)]
     assert student.timesteps is not None
-    clips = next(generate(student, cache, indices, student.timesteps, seed=VALIDATION_SEED))
-    write_video(path, torch.cat([to_uint8(clip)[::4] for clip in clips], dim=1))
+    chunks = generate(student, cache, indices, student.timesteps, seed=VALIDATION_SEED, dtype=dtype)
+    write_video(path, torch.cat([to_uint8(clip)[::4] for chunk in chunks for clip in chunk], dim=1))

@@ -58,6 +58,11 @@ def enlarge(frames: Tensor, factor: int) -> Tensor:
     return frames.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
+def enlargement(frames: Tensor, most: int) -> int:
+    """How many times to `enlarge` frames `[T, H, W, 3]` to be seen well: up to `most`, and to 512 pixels."""
+    return max(1, min(most, 512 // max(frames.shape[1:3])))
+
+
 def captioned(frames: Tensor, text: str, *, height: int = 20) -> Tensor:
     """Put a line of text on a white band above frames uint8 `[T, H, W, 3]`, as large as fits across."""
     band = Image.new("RGB", (frames.shape[2], height), "white")

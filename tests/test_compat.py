@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from tdm_fast.compat import Predictor, generate_new
+from tdm_fast.models.loading import load_pipeline
 
 B, C, L, D = 3, 4, 5, 6
 
@@ -31,12 +33,18 @@ class Toy(nn.Module):
         x: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
-        attention_mask: None = None,
+        attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
         added_cond_kwargs: dict[str, None] | None = None,
     ) -> tuple[Tensor]:
-        assert return_dict is False and attention_mask is None
+        assert return_dict is False
+        if self.image:
+            assert attention_mask is None
+        else:  # the original class takes no None
+            assert attention_mask is not None and attention_mask.shape == (len(x), *x.shape[2:])
+            assert bool((attention_mask == 1).all()) and encoder_attention_mask is not None
+            assert encoder_attention_mask.shape == (len(x), 1, L)
         assert added_cond_kwargs == ({"resolution": None, "aspect_ratio": None} if self.image else None)
         assert encoder_hidden_states.shape[1:] == ((L, D) if self.image else (1, L, D))
         self.calls += 1
@@ -72,10 +80,11 @@ class Case:
         self.alpha, self.sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def output(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        extra = {} if self.opensora else {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        extra: dict[str, Any] = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
         text, mask = text.double(), mask.double()
         if self.opensora:
             text, mask = text[:, None], mask[:, None]
+            extra = {"attention_mask": torch.ones(len(x), *x.shape[2:])}
         return self.exact(x, t, text, encoder_attention_mask=mask, return_dict=False, **extra)[0][:, :C]
 
     def prediction(self, x: Tensor, t: Tensor, cfg: float | None = None) -> tuple[Tensor, Tensor]:
@@ -228,6 +237,34 @@ def test_a_null_prompt_of_a_full_batch_serves_a_smaller_one() -> None:
     full.uncond_prompt_embeds, full.uncond_attention_mask = case.null.expand(8, -1, -1), case.null_mask.expand(8, -1)
     for ours, exact in zip(full.predict(case.network, case.x, t, case.text, case.mask, 2.0), once, strict=True):
         assert torch.equal(ours, exact)
+
+
+@torch.no_grad()
+def test_a_mask_that_is_left_out_keeps_all_of_a_prompt() -> None:
+    case, t = Case(5), torch.tensor([899, 450, 3])
+    case.mask = torch.ones(B, L, dtype=torch.int64)
+    bare = case.predictor().predict(case.network, case.x, t, case.text, None)
+    for ours, exact in zip(bare, case.prediction(case.x.double(), t), strict=True):
+        close(ours, exact)
+
+
+@torch.no_grad()
+def test_our_own_network_is_called_without_masks_in_whatever_it_is_wrapped(tiny_teacher: Path) -> None:
+    teacher = load_pipeline(tiny_teacher)
+    case, t, seen = Case(5, "v_prediction"), torch.tensor([899, 450, 3]), []
+    x, text = torch.randn(B, *teacher.latent_shape), torch.randn(B, L, 8)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = teacher.denoiser.model
+
+        def forward(self, *arguments: Any, **keywords: Any) -> Any:
+            seen.append(keywords["attention_mask"])
+            return self.module(*arguments, **keywords)
+
+    bare, wrapped = (case.predictor().predict(each, x, t, text, None) for each in (teacher.denoiser.model, Wrapped()))
+    assert seen == [None] and all(map(torch.equal, bare, wrapped))
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -30,8 +30,10 @@ from tdm_fast.evaluate import (
 from tdm_fast.evaluator import ShapesEvaluator, frechet_distance, moments
 from tdm_fast.models.loading import load_pipeline, save_student
 from tdm_fast.sample import generate
+from tdm_fast.samplers import trailing_timesteps
 from tdm_fast.text import PromptCache
 from tdm_fast.train import train
+from tdm_fast.video import to_uint8
 
 COUNT = 64
 NODES = (899, 674, 449, 224)
@@ -177,6 +179,27 @@ def test_a_run_ends_with_table_picture_and_video(
         # Three rows of models, two columns of prompts, three frames of each clip.
         assert picture.width * picture.height > 3 * 2 * 3 * 64 * 64
     assert (tmp_path / "comparison.mp4").stat().st_size > 0
+
+
+def test_without_a_yardstick_a_teacher_is_shown_as_it_was_distilled(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "TEACHER_STEPS", 3)
+    shown: dict[str, Any] = {}
+    monkeypatch.setattr(report, "compare", lambda _, clips, steps, prompts: shown.update(clips))
+    teacher = load_pipeline(folder)
+    save_student(tmp_path / "student", teacher.denoiser.model, folder, NODES)
+    student = load_pipeline(tmp_path / "student")
+    cache = PromptCache.encode(["red circle", "blue square"], teacher.tokenizer, teacher.text_encoder)
+    assert report.finish(tmp_path, teacher, student, cache, None, 0, guidance=4.5) == {}
+    for name, model, nodes, guidance in (
+        ("teacher", teacher, trailing_timesteps(3, 1000), 4.5),
+        ("teacher_few_step", teacher, trailing_timesteps(4, 1000), 4.5),
+        ("student", student, NODES, 1.0),
+    ):
+        (clips,) = generate(model, cache, [0, 1], nodes, guidance=guidance, seed=module.NOISE_SEED)
+        assert len(shown[name]) == 2
+        assert all(torch.equal(one, to_uint8(clip)) for one, clip in zip(shown[name], clips, strict=True))
 
 
 def test_a_teacher_without_numbers_is_measured_into_the_runs_folder(

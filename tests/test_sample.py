@@ -9,17 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from guide_parts import NAME, build_parts, edit_json
 from PIL import Image
 from torch import Tensor
 
+from tdm_fast import cli
+from tdm_fast import pipeline as pipelines
 from tdm_fast import sample as module
 from tdm_fast.models.denoiser import Conditioning, count_forwards
-from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
+from tdm_fast.models.loading import Pipeline, load_parts, load_pipeline, save_student
+from tdm_fast.models.sources import Sources
+from tdm_fast.models.wfvae import WFVAEModel
 from tdm_fast.philox import randn
-from tdm_fast.pipeline import choose_timesteps
+from tdm_fast.pipeline import OpenSoraPipeline, choose_timesteps, videos_at_once
 from tdm_fast.sample import SampleConfig, best_guidance, generate, sample
 from tdm_fast.samplers import sample_latents
 from tdm_fast.samplers import trailing_timesteps as trailing
@@ -135,6 +141,42 @@ def test_clips_do_not_depend_on_what_they_are_made_with(pipeline: Pipeline, cach
     assert (whole - other).abs().mean() > 1e-2
 
 
+def test_how_many_videos_are_made_at_once() -> None:
+    sizes = ((17, 64, 64), (29, 256, 256), (93, 640, 640), (1, 4096, 4096))
+    assert [videos_at_once(size) for size in sizes] == [48, 1, 1, 1]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_large_clips_are_made_one_by_one_and_decoded_in_pieces_where_that_is_exact(
+    pipeline: Pipeline, cache: PromptCache, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    whole = torch.cat(list(generate(pipeline, cache, [0, 1, 2], NODES)))
+    seen, decode = [], WFVAEModel.decode_latents
+
+    def watched(vae: WFVAEModel, z: Tensor) -> Tensor:
+        seen.append((len(z), vae.use_tiling))
+        return decode(vae, z)
+
+    monkeypatch.setattr(WFVAEModel, "decode_latents", watched)
+    monkeypatch.setattr(WFVAEModel, "tiling_is_exact", exact)
+    monkeypatch.setattr(pipelines, "PIXELS_AT_ONCE", 5 * 32 * 32 - 1)
+    chunks = list(generate(pipeline, cache, [0, 1, 2], NODES))
+    assert [len(chunk) for chunk in chunks] == [1, 1, 1] and seen == [(1, exact)] * 3
+    assert not pipeline.vae.vae.use_tiling
+    torch.testing.assert_close(torch.cat(chunks), whole, rtol=1e-3, atol=1e-4)
+    seen.clear()
+    whole_batch = OpenSoraPipeline.of(pipeline).decode(torch.zeros(2, *pipeline.latent_shape))
+    assert whole_batch.shape == (2, 5, 3, 32, 32) and seen == [(1, exact)] * 2
+
+
+def test_clips_in_bfloat16_are_nearly_those_in_float32(pipeline: Pipeline, cache: PromptCache) -> None:
+    exact = next(generate(pipeline, cache, [0, 1], NODES, guidance=2.0))
+    rounded = next(generate(pipeline, cache, [0, 1], NODES, guidance=2.0, dtype=torch.bfloat16))
+    assert rounded.dtype == torch.float32
+    error = float((rounded - exact).std() / exact.std())
+    assert 1e-4 < error < 0.1, error
+
+
 def test_the_callers_gradients_stay_on(pipeline: Pipeline, cache: PromptCache) -> None:
     for clips in generate(pipeline, cache, [0], [900]):
         assert torch.is_grad_enabled() and not clips.requires_grad
@@ -152,7 +194,10 @@ def test_a_student_keeps_its_own_timesteps(pipeline: Pipeline, student: Path) ->
 
 def test_the_measured_guidance_is_the_default(tiny_teacher: Path, tmp_path: Path, student: Path) -> None:
     folder = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    assert best_guidance(load_pipeline(folder), 50) == best_guidance(load_pipeline(folder), 4) == 7.5
+    edit_json(folder / "model_index.json", is_distilled=True)
     assert best_guidance(load_pipeline(folder), 50) == 1.0
+    edit_json(folder / "model_index.json", is_distilled=None)
     row = {"nfe": 8, "guidance": 3, "frechet": 1.0, "frechet_ci": [0.9, 1.1], "prompt_accuracy": 0.5, "videos": 576}
     metrics = json.dumps({"teacher": {**row, "guidance": 1.5}, "teacher_few_step": row})
     (folder / "teacher_metrics.json").write_text(metrics)
@@ -195,10 +240,72 @@ def test_words_that_the_model_does_not_know_are_named(
     assert "vocabulary lacks fast, orange;" in capsys.readouterr().err
 
 
+def test_networks_and_encoders_are_in_bfloat16_if_asked_for(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, files = [], module.in_batches
+
+    def watched(sampler: OpenSoraPipeline, *arguments: object, **others: object) -> object:
+        assert sampler.text_encoder is None, "it has been dropped"
+        seen.append(sampler.transformer.dtype)
+        return files(sampler, *arguments, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "in_batches", watched)
+    pictures = []
+    for dtype in ("auto", "fp32", "bf16"):
+        output = tmp_path / f"{dtype}.png"
+        sample(SampleConfig(prompt=PROMPTS[:1], model=student, output=output, dtype=dtype, device="cpu"))
+        pictures.append(np.asarray(Image.open(output)).astype(float))
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert (pictures[0] == pictures[1]).all()
+    assert 0 < abs(pictures[2] - pictures[0]).mean() < 8
+
+
+def test_parts_are_found_as_for_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "write_video", lambda path, frames: torch.save(frames, path))
+    parts = build_parts(tmp_path / "parts")
+    places = {"ae_path": parts / "vae", "text_encoder_name_1": str(parts / "t5")}
+    flags = [word for name, place in places.items() for word in (f"--{name}", str(place))]
+    flags += ["--ae", "WFVAEModel_D8_4x8x8", "--num_steps", "2", "--prompt", "two cats", "--seed", "3"]
+    named = ["--model", NAME, "--model_path", str(parts), "--num_frames", "9", "--max_height", "48", "--width", "32"]
+    for name, model in (("a.png", ["--model", str(parts / "transformer")]), ("b.png", named)):
+        assert cli.main(["sample", *flags, *model, "--output", str(tmp_path / name)]) == 0
+    assert capsys.readouterr().out.count("1 video(s), 2 steps, guidance 7.5") == 2
+    pipeline = OpenSoraPipeline.from_pretrained(parts / "transformer", **places)
+    pipeline.set_progress_bar_config(disable=True)
+    video = pipeline("two cats", seed=3, timesteps=trailing(2, 1000), output_type="pt").videos[0]
+    shown = torch.load(tmp_path / "a.png")[:, -4 - 4 * 32 : -4 : 4, : 4 * 32 : 4]
+    torch.testing.assert_close(shown / 255, video.permute(0, 2, 3, 1), rtol=0, atol=0.51 / 255)
+    assert torch.load(tmp_path / "b.png").shape[::2] == (9, 4 * 32 + 4)
+    assert cli.main(["sample", *flags[2:], "--model", str(parts / "transformer")]) == 2
+    assert "--ae_path is needed" in capsys.readouterr().err
+
+
+def test_both_encoders_encode_for_a_transformer_that_takes_two(tmp_path: Path) -> None:
+    parts = build_parts(tmp_path)
+    config = SampleConfig(
+        model=parts / "transformer", ae_path=parts / "vae", text_encoder_name_1=str(parts / "t5"),
+        text_encoder_name_2=str(parts / "clip"),
+    )  # fmt: skip
+    files = module.sources_of(config).encoders
+    cache = module.encode(files, ["two cats"], "", torch.device("cpu"), torch.float32)
+    first, second = (each.load() for each in files)
+    exact = PromptCache.encode(
+        ["two cats"], first.tokenizer, first.model, tokenizer_2=second.tokenizer, encoder_2=second.model
+    )
+    assert cache.batch([0]).tensors.keys() == {"encoder_hidden_states", "encoder_2_hidden_states"}
+    for ours, known in ((cache.batch([0]), exact.batch([0])), (cache.negatives(1), exact.negatives(1))):
+        assert all(torch.equal(ours.tensors[name], known.tensors[name]) for name in known.tensors)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
         ({"output": Path("clip.avi")}, "--output clip.avi: it takes a name that ends in"),
+        ({"output": Path("/proc/x.png")}, "--output /proc/x.png: nothing can be written to /proc"),
+        ({"output": Path(__file__) / "x.png"}, "x.png: nothing can be written to .*test_sample.py"),
         ({"prompt": ()}, "--prompt: it takes at least one"),
         ({"prompt": ("red", " ")}, "--prompt: it takes at least one prompt, none of them empty"),
         ({"prompts": Path("list.txt")}, "--prompts list.txt: --prompt names prompts as well; leave one out"),
@@ -215,10 +322,15 @@ def test_words_that_the_model_does_not_know_are_named(
         ({"model": Path("no/such/folder")}, "no/such/folder: no such folder"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_network_runs(
+def test_what_cannot_work_is_refused_before_weights_are_read(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object], says: str
 ) -> None:
-    monkeypatch.setattr(module.PromptCache, "encode", lambda *_, **__: pytest.fail("a network ran"))
+    def by_headers(sources: Sources, *, empty: set[str]) -> Pipeline:
+        assert empty >= {"transformer", "vae", "text_encoder"}
+        return load_parts(sources, empty=empty)
+
+    monkeypatch.setattr(module, "load_parts", by_headers)
+    monkeypatch.setattr(module, "encode", lambda *_: pytest.fail("a network ran"))
     given = {"prompt": ("red",), "model": tiny_teacher, "output": tmp_path / "clip.png", **values}
     with pytest.raises(ValueError, match=says):
         sample(SampleConfig(**given))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tdm_fast.tiny_shapes import sample_clips
-from tdm_fast.video import captioned, enlarge, grid, to_uint8, write_video
+from tdm_fast.video import captioned, enlarge, enlargement, grid, to_uint8, write_video
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,13 @@ def test_enlarging_repeats_pixels(frames: Tensor) -> None:
     for i in range(3):
         for j in range(3):
             assert torch.equal(large[:, i::3, j::3], frames)
+
+
+def test_only_what_is_small_is_enlarged() -> None:
+    sizes = {(64, 64): (3, 4), (32, 200): (2, 2), (640, 64): (1, 1), (513, 1): (1, 1), (8, 8): (3, 4)}
+    for size, factors in sizes.items():
+        frames = torch.zeros(2, *size, 3, dtype=torch.uint8)
+        assert tuple(enlargement(frames, most) for most in (3, 4)) == factors
 
 
 def test_a_caption_stands_above_the_frames(frames: Tensor) -> None:

@@ -76,6 +76,11 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         """`[B, latent_channels, T', H', W']` to `[B, 3, T, H, W]`."""
         raise NotImplementedError
 
+    @property
+    def tiling_is_exact(self) -> bool:
+        """Whether results in pieces are those of the whole video, but for rounding."""
+        return False
+
     def disable_tiling(self) -> None:
         """Encodes and decodes whole videos at once again."""
         self.use_tiling = False

@@ -270,13 +270,18 @@ class WFVAEModel(VideoAutoencoder):
             up_in_time,
         )
 
+    @property
+    def tiling_is_exact(self) -> bool:
+        """Whether results in pieces are those of the whole video, but for rounding: with "layernorm" only."""
+        return self.config.norm_type == "layernorm"
+
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """Encodes and decodes in chunks of time from now on: memory no longer grows with a video's length.
 
         With "layernorm" the results are those of the whole video, to rounding. With "groupnorm" they differ by
         nature, because its statistics span whatever frames it is given: a UserWarning says so.
         """
-        if use_tiling and self.config.norm_type == "groupnorm":
+        if use_tiling and not self.tiling_is_exact:
             warnings.warn(
                 "norm_type 'groupnorm' takes its statistics over all frames it sees: with temporal tiling these are a "
                 "chunk's, and the results differ from those without tiling ('layernorm' has no such difference)",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tdm_fast.models.causalvae import CausalVAEModel
+from tdm_fast.models.causalvae_layers import halve_time
 from tdm_fast.models.tiling import run_in_tiles, spans
 from tdm_fast.models.vae import CausalVAEWrapper
 
@@ -379,3 +380,28 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(ValueError, match=says):
             vae.encode(torch.zeros(1, 3, 3, 8, 8))
         setattr(vae, attribute, before)
+
+
+@pytest.mark.parametrize("name", ["v1_1", "v1_2", "first"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_bfloat16_by_autocast_or_by_weights_is_nearly_float32(name: str, weights: torch.dtype) -> None:
+    config, (frames, height, width) = CASES[name]
+    torch.manual_seed(0)
+    vae = CausalVAEModel(**config).eval()
+    x = torch.randn(1, 3, frames, height, width)
+    exact = vae.encode_moments(x), vae.decode_latents(torch.ones(1, vae.latent_channels, 3, 2, 2))
+    vae.to(weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        ours = (
+            vae.encode_moments(x.to(weights)),
+            vae.decode_latents(torch.ones(1, vae.latent_channels, 3, 2, 2, dtype=weights)),
+        )
+    for rounded, whole in zip(ours, exact, strict=True):
+        assert float((rounded - whole).norm() / whole.norm()) < 0.05
+
+
+def test_time_is_halved_by_means_of_three_frames() -> None:
+    padded = torch.randn(2, 3, 11, 4, 5, dtype=torch.float64)
+    means = torch.stack([padded[:, :, i : i + 3].mean(2) for i in range(0, 9, 2)], dim=2)
+    torch.testing.assert_close(halve_time(padded), means)
