@@ -140,3 +140,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """TensorBoard's writing thread meets a full disk first; the main thread meets it next, and says so in one line."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -51,6 +51,8 @@ class ModelConfig:
     prompts: Path | None = None
     """One prompt a line (.txt), or .csv, .jsonl, .parquet, or the name of a data set on the hub; the 144 prompts of
     tiny-shapes if none is named."""
+    prompt_column: str | None = None
+    """The table's column of prompts; `prompt`, `caption`, `text`, or the only one with text if not given."""
     prompt_cache: Path | None = None
     """Folder of prompts that `tdm-fast encode` has encoded; without it they are encoded into the run's folder."""
     negative_prompt: str = ""

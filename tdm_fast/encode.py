@@ -17,17 +17,14 @@ if __name__ == "__main__":
 
 import torch
 
-from tdm_fast.encoders import Encoder, EncoderFiles, check_width, find_encoder
-from tdm_fast.files import read_json
-from tdm_fast.models.opensora_denoiser import say_unused
+from tdm_fast.config import ModelConfig
+from tdm_fast.encoders import Encoder, EncoderFiles, check_encoders, find_encoder
+from tdm_fast.models import sources
 from tdm_fast.prompt_store import fill, identity
 from tdm_fast.prompts import read_prompts
 from tdm_fast.ranks import joined
 from tdm_fast.step import resolve_device
 from tdm_fast.text import PromptCache
-
-TRANSFORMERS = ("transformer", "model", "any93x640x640", ".")
-"""Where a teacher's folder may have its transformer."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +39,10 @@ class EncodeConfig:
     output_dir: Path = Path("runs/prompts")
     """The cache's folder; ranks must share its file system."""
     model: Path | None = None
-    """A teacher's folder, whose text encoders are taken where none is named, and whose width they must fit."""
+    """The teacher as `tdm-fast train` takes it: a pipeline's or a transformer's folder, or a name. Its own text
+    encoders are taken where none is named, and others must have the width that its transformer takes."""
+    model_path: Path | None = None
+    """Folder of the transformer's weights where `--model` is a name."""
     text_encoder_name_1: str | None = None
     """T5, mT5 or UMT5: a folder with model and tokenizer, or a name of the Hugging Face hub."""
     text_encoder_name_2: str | None = None
@@ -68,12 +68,13 @@ def encode(config: EncodeConfig) -> PromptCache:
         files = ranks.from_main(lambda: find_encoders(config))
         if not all(part.model.is_dir() for part in files):  # another machine's hub cache
             files = find_encoders(config)
-        dtype = config.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+        name = config.dtype
+        if name == "auto":
+            name = "bfloat16" if ranks.device.type == "cuda" else "float32"
+        dtype = getattr(torch, name)
 
         def load() -> list[Encoder]:
-            loaded = [part.load(getattr(torch, dtype)) for part in files]
+            loaded = [part.load(dtype) for part in files]
             for encoder in loaded:
                 encoder.model.to(ranks.device)
             return loaded
@@ -83,6 +84,7 @@ def encode(config: EncodeConfig) -> PromptCache:
             prompts,
             ranks.from_main(lambda: identity(files)),
             load,
+            dtype=dtype,
             negative_prompt=config.negative_prompt,
             batch_size=config.batch_size,
             ranks=ranks,
@@ -95,35 +97,23 @@ def encode(config: EncodeConfig) -> PromptCache:
 
 def find_encoders(config: EncodeConfig) -> list[EncoderFiles]:
     """The one or two encoders that the flags name, and the teacher uses. Raises ValueError where they do not fit it."""
-    if config.model is None and config.text_encoder_name_1 is None:
+    named, second = config.text_encoder_name_1, config.text_encoder_name_2
+    folder = transformer = None
+    has_teacher = config.model is not None or config.model_path is not None
+    if has_teacher:
+        folder = sources.find_folder(ModelConfig(model=config.model or ModelConfig.model, model_path=config.model_path))
+        transformer = None if folder is None else sources.find_transformer(folder)
+    own = {part: folder is not None and (folder / part).is_dir() for part in ("text_encoder", "text_encoder_2")}
+    if named is None and not own["text_encoder"]:
         raise ValueError("--text_encoder_name_1: name a text encoder, or with --model a teacher's folder that has one")
-    folder = config.model
-    if folder is not None and not folder.is_dir():
-        raise ValueError(f"--model {folder}: no such folder; it takes a teacher's")
-    name = config.text_encoder_name_1
-    flag = "--model" if name is None else "--text_encoder_name_1"
-    found = [find_encoder(folder if name is None else name, flag=flag, kind="t5")]  # type: ignore[arg-type]
-    if config.text_encoder_name_2 is not None:
-        found.append(find_encoder(config.text_encoder_name_2, flag="--text_encoder_name_2", kind="clip"))
-    elif folder is not None and (folder / "text_encoder_2").is_dir():
-        found.append(find_encoder(folder, flag="--model", kind="clip"))
-    channels = None if folder is None else _caption_channels(folder)
-    if channels is None:
-        return found
-    if len(channels) > len(found):
-        raise ValueError(f"--model {folder}: it takes two text encoders; --text_encoder_name_2 names the other")
-    if len(channels) < len(found):
-        say_unused(f"the model in {folder}")
-    for part, width in zip(found, channels, strict=False):
-        check_width(part, width, flag=part.flag)
-    return found[: len(channels)]
-
-
-def _caption_channels(folder: Path) -> list[int] | None:
-    """The widths of text that a teacher's transformer takes, one for each of its encoders; None if it does not say."""
-    for name in TRANSFORMERS:
-        path = folder / name / "config.json"
-        if path.is_file() and "caption_channels" in (config := read_json(path)):
-            channels = config["caption_channels"]
-            return channels if isinstance(channels, list) else [channels]
-    return None
+    if named is None:
+        found = [find_encoder(str(folder), flag="--model", kind="t5")]
+    else:
+        found = [find_encoder(named, flag="--text_encoder_name_1", kind="t5")]
+    wished = second is not None or own["text_encoder_2"]
+    if wished and (not has_teacher or sources.takes_second(transformer, str(config.model))):
+        flag = "--model" if second is None else "--text_encoder_name_2"
+        found.append(find_encoder(second or str(folder), flag=flag, kind="clip"))
+    if transformer is not None and (channels := sources.caption_channels(transformer)) is not None:
+        check_encoders(str(transformer), found, channels)
+    return found

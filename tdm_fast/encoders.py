@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from tdm_fast.files import read_json
+from tdm_fast.files import content_digest, read_json
 from tdm_fast.models.networks import check_tensors, empty_network
 
 Kind = Literal["t5", "clip"]
@@ -156,7 +156,7 @@ class EncoderFiles:
         names = {*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
         parts += [("tokenizer", path) for path in sorted(self.tokenizer.iterdir()) if path.name in names]
         for part, path in parts:
-            total.update(f"{part}/{path.name} {_sha256(path)}\n".encode())
+            total.update(f"{part}/{path.name} {content_digest(path)}\n".encode())
         return total.hexdigest()[:16]
 
     def check_tensors(self) -> None:
@@ -256,6 +256,20 @@ def check_width(encoder: Encoder | EncoderFiles, caption_channels: int, *, flag:
     )
 
 
+def check_encoders(model: str, encoders: Sequence[EncoderFiles], caption_channels: Any) -> None:
+    """Raise ValueError where these encoders are not those that the transformer `model` takes.
+
+    `caption_channels` is its config's: a width, or one for each of its encoders.
+    """
+    widths = caption_channels if isinstance(caption_channels, list | tuple) else [caption_channels]
+    if len(widths) > len(encoders):
+        raise ValueError(
+            f"--text_encoder_name_2 is needed: {model} takes two text encoders, caption_channels={list(widths)}"
+        )
+    for encoder, width in zip(encoders, widths, strict=False):
+        check_width(encoder, width, flag=encoder.flag)
+
+
 def _kind(model_type: str) -> Kind:
     return "clip" if model_type.startswith("clip") else "t5"
 
@@ -334,15 +348,6 @@ def _check_weights(folder: Path, here: str) -> None:
                     pass
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{here}: {file} is cut short or damaged ({error}); copy it again") from error
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file's content; the hub's cache names its large files by it, which saves reading 20 GB."""
-    stored = path.resolve()
-    if stored.parent.name == "blobs" and len(stored.name) == 64:
-        return stored.name
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_hub_name(name: str) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from tdm_fast.check import Row, Rows
 from tdm_fast.checkpoint import inspect
 from tdm_fast.config import TrainConfig, parse_train
-from tdm_fast.encoders import EncoderFiles, needs_download, offline_reason
+from tdm_fast.encoders import LIMITS, WIDTHS, EncoderFiles, Kind, find_encoder, needs_download, offline_reason
 from tdm_fast.evaluate import check_evaluator
 from tdm_fast.files import SaveError, checkpoints, locked
 from tdm_fast.memory import Estimate, gigabytes
 from tdm_fast.models import upstream
-from tdm_fast.models.loading import Pipeline, load_parts, weight_checks
-from tdm_fast.models.sources import SAMPLER_FILE, Sources
+from tdm_fast.models.loading import Pipeline, load_empty, weight_checks
+from tdm_fast.models.sources import Sources
 from tdm_fast.prompt_store import check_cache, identity
 from tdm_fast.ranks import check_batch, planned, pretended
 from tdm_fast.sizing import checkpoint_bytes, refuse_what_cannot_fit
@@ -91,7 +91,8 @@ def rows(config: TrainConfig | ValueError) -> Rows:
     if (download := _download(config)) is not None:
         yield download
         return
-    sources = find("teacher", COPY, lambda: Sources.of_flags(config.model), lambda found: str(found.folder))
+    parts = partial(Sources.of_flags, config.model, find=_find_or_await)
+    sources = find("teacher", COPY, parts, lambda found: str(found.folder))
     yield sources.row
     if sources.value is not None:
         yield from part_rows(config, sources.value, prompts.value, None if ranks.value is None else device.value)
@@ -104,9 +105,16 @@ def part_rows(
     if sources.upstream:
         yield find("opensora", "--opensora_source native", upstream.registries, lambda _: "its registries import").row
     yield find("guidance", "--cfg 1, or a teacher that is not distilled", lambda: _guidance(config, sources)).row
-    checks = [find(part, COPY, check, partial(_place, sources, part)) for part, check in weight_checks(sources).items()]
+    awaited = _awaited(sources)
+    for part, encoder in awaited.items():
+        yield _download_row(part, encoder.flag, encoder.name, f"{encoder.width} wide; its files are not checked")
+    checks = [
+        find(part, COPY, check, partial(_place, sources, part))
+        for part, check in weight_checks(sources).items()
+        if part not in awaited
+    ]
     yield from (check.row for check in checks)
-    found = find("fit", "parts of one model, and a size that they divide", lambda: _meta(sources), _size)
+    found = find("fit", "parts of one model, and a size that they divide", lambda: load_empty(sources), _size)
     yield found.row
     if found.value is None or any(check.row.state == "failed" for check in checks):
         return
@@ -116,7 +124,7 @@ def part_rows(
     yield shapes.row
     if config.run.num_eval_videos:
         yield find("evaluator", "--num_eval_videos 0", lambda: check_evaluator(teacher), _evaluator).row
-    if (folder := config.model.prompt_cache) is not None:  # which hashes the encoder, as the run does
+    if (folder := config.model.prompt_cache) is not None and not awaited:  # which hashes the encoder, as the run does
         fix = "tdm-fast encode fills one with these encoders"
         yield find(
             "prompt cache", fix, lambda: check_cache(folder, identity(sources.encoders)), "{} prompts".format
@@ -150,14 +158,39 @@ def _ranks_say(world: int) -> str:
 
 
 def _download(config: TrainConfig) -> Row | None:
-    """A warning where the run would first download an encoder, which is not done here; None where nothing is."""
+    """A warning where the run would first download an encoder that nothing is known of; None where it would not."""
     model = config.model
     names = {"--text_encoder_name_1": model.text_encoder_name_1, "--text_encoder_name_2": model.text_encoder_name_2}
     for flag, name in names.items():
-        if name is not None and needs_download(name) and offline_reason("model", name) is None:
-            says = f"{flag} {name} would be downloaded first; nothing after it is checked"
-            return Row("teacher", "warn", says, f"hf download {name}, then check again")
+        known = any(name in widths for widths in WIDTHS.values())
+        if name is not None and not known and needs_download(name) and offline_reason("model", name) is None:
+            return _download_row("teacher", flag, name, "nothing after it is checked")
     return None
+
+
+def _download_row(row: str, flag: str, name: str, says: str) -> Row:
+    return Row(row, "warn", f"{flag} {name} would be downloaded first; {says}", f"hf download {name}, then check again")
+
+
+class Awaited(EncoderFiles):
+    """A published encoder that the run would download: its width is known, its files are not here."""
+
+    @cached_property
+    def width(self) -> int:
+        return WIDTHS[self.kind][self.name]
+
+
+def _find_or_await(name: str, *, flag: str, kind: Kind) -> EncoderFiles:
+    """What `find_encoder` finds, or what is known of a published encoder where it would download it."""
+    if name in WIDTHS[kind] and needs_download(name) and offline_reason("model", name) is None:
+        return Awaited(name, flag, Path(name), Path(name), kind)
+    return find_encoder(name, flag=flag, kind=kind)
+
+
+def _awaited(sources: Sources) -> dict[str, Awaited]:
+    """The encoders that are not here, by the names of their parts."""
+    parts = zip(("text_encoder", "text_encoder_2"), sources.encoders, strict=False)
+    return {part: encoder for part, encoder in parts if isinstance(encoder, Awaited)}
 
 
 def _guidance(config: TrainConfig, sources: Sources) -> str:
@@ -167,15 +200,6 @@ def _guidance(config: TrainConfig, sources: Sources) -> str:
 
 def _place(sources: Sources, part: str, _: object) -> str:
     return str(sources.folders[part])
-
-
-def _meta(sources: Sources) -> Pipeline:
-    """The teacher with its networks on the meta device; a student's adapter needs the weights that it is added to.
-
-    Upstream's transformer has the sizes of ours, which need no weights.
-    """
-    sources, empty = replace(sources, upstream=False), {"vae", "text_encoder"}
-    return load_parts(sources, empty=empty if (sources.folder / SAMPLER_FILE).exists() else empty | {"transformer"})
 
 
 def _size(teacher: Pipeline) -> str:
@@ -238,7 +262,9 @@ def _cache(config: TrainConfig, sources: Sources, prompts: Sequence[str]) -> Pro
 
 
 def _zeros(files: EncoderFiles, texts: Sequence[str]) -> list[torch.Tensor]:
-    """States of zeros of as many tokens as the texts have."""
+    """States of zeros of as many tokens as the texts have; of as many as can be where the tokenizer is not here."""
+    if isinstance(files, Awaited):
+        return [torch.zeros(1 if files.kind == "clip" else LIMITS[files.kind], files.width)] * len(texts)
     lengths = [1 if files.kind == "clip" else len(tokens) for tokens in files.empty().tokenize(texts)]
     return [torch.zeros(length, files.width) for length in lengths]
 
@@ -273,10 +299,11 @@ def _disk(config: TrainConfig, sources: Sources, teacher: Pipeline, device: torc
     # A new one is whole before the oldest goes.
     count = min(total, (run.checkpoints_total_limit or total) + 1)
     student = sum(4 * parameter.numel() for parameter in teacher.denoiser.parameters())
+    awaited = _awaited(sources).keys()
     copied = [
         path
         for part in sources.folders
-        if part != "transformer"
+        if part != "transformer" and part.replace("tokenizer", "text_encoder") not in awaited
         for path in sources.files_of(part)
         if path.stat().st_dev != there.stat().st_dev  # else they are linked
     ]

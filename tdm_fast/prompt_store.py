@@ -87,17 +87,19 @@ def fill(
     encoders: str,
     load: Load,
     *,
+    dtype: torch.dtype = torch.float32,
     negative_prompt: str = "",
     batch_size: int = 64,
     ranks: Ranks | None = None,
 ) -> PromptCache:
     """The cache of these prompts in `folder`; what is missing there is encoded first, a part by each of the ranks.
 
-    `encoders` is their `identity`, and `load` gives them, one or two; it is called only if something is missing. Every
-    prompt is encoded once, whatever its number of occurrences, and so are the negative and the empty prompt. Ranks must
-    share the file system. Whether it is done by one rank or many, at once or in several goes, the batches are the same
-    and so are the states, on one kind of device. Raises ValueError when the folder holds other encoders' states or
-    another run is filling it, SaveError when it cannot be written.
+    `encoders` is their `identity`, and `load` gives them, one or two, computing in `dtype`; it is called only if
+    something is missing. Every prompt is encoded once, whatever its number of occurrences, and so are the negative and
+    the empty prompt. Ranks must share the file system. Whether it is done by one rank or many, at once or in several
+    goes, the batches are the same and so are the states, on one kind of device. Raises ValueError when the folder holds
+    other encoders' states, or lacks some and holds the others in another type, or when another run is filling it,
+    SaveError when it cannot be written.
     """
     ranks = ranks or Ranks()
     wanted = list(dict.fromkeys([*prompts, negative_prompt, ""]))
@@ -108,7 +110,7 @@ def fill(
 
     if not ranks.from_main(complete):
         with locked(folder) if ranks.is_main else nullcontext():
-            _encode_missing(folder, wanted, encoders, load, batch_size, ranks)
+            _encode_missing(folder, wanted, encoders, load, dtype, batch_size, ranks)
             if ranks.is_main:
                 _write_index(folder, prompts, encoders)
         ranks.barrier()
@@ -132,11 +134,18 @@ def check_cache(folder: Path, encoders: str) -> int:
 
 
 def _encode_missing(
-    folder: Path, wanted: Sequence[str], encoders: str, load: Load, batch_size: int, ranks: Ranks
+    folder: Path,
+    wanted: Sequence[str],
+    encoders: str,
+    load: Load,
+    dtype: torch.dtype,
+    batch_size: int,
+    ranks: Ranks,
 ) -> None:
     def look() -> tuple[list[int], torch.dtype | None]:
-        for partial in folder.glob(".*.partial"):
-            partial.unlink()
+        for name in ("shard-*", INDEX_FILE):  # what a killed fill has left, and nothing else that lies there
+            for partial in folder.glob(f".{name}.partial"):
+                partial.unlink()
         shards = _scan(folder, encoders)
         for path in shards.damaged:
             print(f"note: {path} is damaged; its prompts are encoded again", file=sys.stderr)
@@ -146,12 +155,12 @@ def _encode_missing(
     missing, kept = ranks.from_main(look)
     if not missing:
         return
-    loaded, texts = load(), [wanted[i] for i in missing]
-    if kept not in (None, loaded[0].dtype):
+    if kept not in (None, dtype):
         raise ValueError(
-            f"{folder} holds states in {_plain(kept)} and the encoder now computes in {_plain(loaded[0].dtype)}; go on"
-            f" with {_plain(kept)} (--dtype of tdm-fast encode) or name another folder"
+            f"{folder} holds states in {_plain(kept)}, and what is missing would be encoded in {_plain(dtype)};"
+            f" `tdm-fast encode --dtype {_plain(kept)}` adds it there, or name another folder"
         )
+    loaded, texts = load(), [wanted[i] for i in missing]
     units = batches(_lengths(texts, loaded, say=ranks.is_main), batch_size)
     mine = tqdm(units[ranks.rank :: ranks.world], desc="encode", delay=5, disable=not ranks.is_main)
     _encode(folder, texts, mine, loaded, encoders)

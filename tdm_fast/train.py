@@ -44,7 +44,7 @@ from tdm_fast.metering import (
     speed,
 )
 from tdm_fast.models import upstream
-from tdm_fast.models.loading import Pipeline, load_parts
+from tdm_fast.models.loading import Pipeline, load_empty, load_parts
 from tdm_fast.models.sources import Sources
 from tdm_fast.preemption import Preempted, Preemption
 from tdm_fast.prompt_store import cached_prompts, fill
@@ -70,10 +70,12 @@ FREE_FLAGS = {
 # Flags that say where the teacher's parts are and what size it is; what counts is what comes of them.
 PLACES = {
     "model_path", "ae", "ae_path", "text_encoder_name_1", "text_encoder_name_2", "num_frames", "max_height",
-    "max_width", "opensora_source", "prompt_cache",
+    "max_width", "opensora_source", "prompt_cache", "prompt_column",
 }  # fmt: skip
 # Flags that it may change when it names the checkpoint to go on from: what helps one that diverged.
 TUNED_FLAGS = ("learning_rate", "student_learning_rate", "max_grad_norm")
+# Flags that `--train_batch_size auto` decides, and a run that goes on takes from its checkpoint.
+FOUND_FLAGS = ("train_batch_size", "activation_checkpointing")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -93,18 +95,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with joined(device, n.sharding, n.shard_size, n.context_parallel) as ranks:
         if (o := config.optimiser).train_batch_size != "auto":
             check_batch(o.train_batch_size, o.gradient_accumulation_steps, ranks.data_ranks)
-        prompts = prompts_of(config)
+        prompts = ranks.from_main(lambda: prompts_of(config))
         # Weights from files are read by each rank as far as it holds them; others are the same on every rank.
         in_shards = ranks.world > 1 and n.sharding != "none" and sources.has_weights and not sources.upstream
         empty = {"text_encoder"} | ({"transformer"} if in_shards else set())
+        if not sources.upstream:  # before weights are read
+            check_model(config, load_empty(sources))
         teacher = load_parts(sources, empty=empty if ranks.is_main else empty | {"vae"})
-        if config.run.lora_save == "adapter" and teacher.weights and teacher.weights.changed:
-            raise ValueError(
-                f"--lora_save adapter: {sources.folder} has an adapter or biases of its own beside its transformer,"
-                " which another adapter would take the place of; merged would do"
-            )
-        config.tdm.check(teacher.schedule)
-        latent_shapes(config, teacher)
+        check_model(config, teacher)
         # Now, because what is damaged must not show only when the training is over.
         yardstick = load_yardstick(teacher) if config.run.num_eval_videos and ranks.is_main else None
         with Checkpoints(config.run.output_dir, ranks, keep=config.run.checkpoints_total_limit) as store:
@@ -136,6 +134,17 @@ def check_teacher(config: TrainConfig, sources: Sources) -> None:
         )
 
 
+def check_model(config: TrainConfig, teacher: Pipeline) -> None:
+    """Raise ValueError for what a run wants of its teacher's weights, schedule and size and cannot have."""
+    if config.run.lora_save == "adapter" and teacher.weights and teacher.weights.changed:
+        raise ValueError(
+            f"--lora_save adapter: {teacher.folder} has an adapter or biases of its own beside its transformer,"
+            " which another adapter would take the place of; merged would do"
+        )
+    config.tdm.check(teacher.schedule)
+    latent_shapes(config, teacher)
+
+
 def latent_shapes(config: TrainConfig, teacher: Pipeline) -> list[tuple[int, ...]]:
     """The sizes of latents `(C, T, H, W)` that a run mixes. Raises ValueError for one that the model cannot take."""
     return [teacher.latents_of(size) for size in config.run.video_sizes] or [teacher.latent_shape]
@@ -152,9 +161,12 @@ def run(
 ) -> dict[str, Any]:
     """What `train` does in the run's folder, when everything that it is given has been found to work."""
     output = config.run.output_dir
+    found = checkpoint_to_resume(config, store)
+    if found is not None:  # before the prompts are encoded, which may take hours
+        known = store.on_main(lambda: own_flags(config, prompts, teacher))
+        refuse_another_runs(found, known, free_flags(config))
     cache = prompt_cache(config, teacher, prompts, ranks)
     shapes = latent_shapes(config, teacher)
-    found = checkpoint_to_resume(config, store)
     config = with_batch_size(config, teacher.denoiser, cache, shapes, found.meta["config"] if found else None, ranks)
     mine = store.on_main(lambda: identity(config, cache, teacher))
     if found is not None:
@@ -352,7 +364,7 @@ def prompts_of(config: TrainConfig) -> list[str]:
     """The prompts that a run draws from."""
     file, cache = config.model.prompts, config.model.prompt_cache
     if file is not None:
-        return read_prompts(file)
+        return read_prompts(file, config.model.prompt_column)
     return tiny_shapes.all_prompts() if cache is None else cached_prompts(cache)
 
 
@@ -360,36 +372,31 @@ def prompt_cache(config: TrainConfig, teacher: Pipeline, prompts: list[str], ran
     """The prompts' embeddings, from `--prompt_cache` or the run's folder as far as they are there.
 
     What is missing is encoded by all ranks, and added there; the text encoders are in memory no longer than that.
-    Raises ValueError where guidance has no null prompt to lead away from.
     """
     ranks, files = ranks or Ranks(), teacher.encoders
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     encoders = ranks.from_main(lambda: identity_of(files))
 
     def load() -> list[Encoder]:
-        loaded = [each.load(torch.bfloat16 if ranks.device.type == "cuda" else torch.float32) for each in files]
+        loaded = [each.load(dtype) for each in files]
         for encoder in loaded:
             encoder.model.to(ranks.device)
         return loaded
 
-    cache = fill(
+    return fill(
         config.model.prompt_cache or config.run.output_dir / f"prompts-{encoders}",
         prompts,
         encoders,
         load,
+        dtype=dtype,
         negative_prompt=config.model.negative_prompt,
         ranks=ranks,
     )
-    if config.tdm.cfg != 1 and len(cache.negative) == 0:
-        raise ValueError(
-            f"--cfg {config.tdm.cfg:g}: {teacher.encoders[0].name} gives no state for --negative_prompt"
-            f" {config.model.negative_prompt!r}, so that guidance has nothing to lead away from; --cfg 1 would do"
-        )
-    return cache
 
 
 def identity(config: TrainConfig, cache: PromptCache, teacher: Pipeline) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to: flags, with files' contents in place of their paths."""
-    contents = teacher.sources.digest("transformer", "scheduler", "text_encoder", "tokenizer")
+    contents = teacher.sources.digest(*(part for part in teacher.sources.folders if part != "vae"))
     return own_flags(config, cache.prompts, teacher) | {"model": f"sha256:{contents}"}
 
 
@@ -427,7 +434,8 @@ def check_resumable(found: Checkpoint, config: TrainConfig) -> None:
 
 def free_flags(config: TrainConfig) -> Collection[str]:
     """The flags that a run that goes on may have other values of, besides those that are always free."""
-    return () if config.run.resume_from_checkpoint == "latest" else TUNED_FLAGS
+    tuned = () if config.run.resume_from_checkpoint == "latest" else TUNED_FLAGS
+    return (*tuned, *FOUND_FLAGS) if config.optimiser.train_batch_size == "auto" else tuned
 
 
 def path_to_resume(config: TrainConfig) -> Path | None:

@@ -202,7 +202,7 @@ def test_a_run_that_can_begin(built: Path) -> None:
     found = rows_of(flags(built))
     assert [row for row in found.values() if row.state != "ok"] == []
     assert "videos of 5x32x32" in found["fit"].says and found["latents"].says == "8x2x4x4"
-    assert {"transformer", "vae", "text_encoder", "text_encoder_2", "memory", "disk", "tokens"} <= found.keys()
+    assert {"transformer", "vae", "text_encoder", "memory", "disk", "tokens"} <= found.keys()
     assert sorted(built.rglob("*")) == before
 
 
@@ -388,8 +388,16 @@ def test_an_encoder_of_the_hub_is_not_downloaded(built: Path, monkeypatch: pytes
     monkeypatch.setattr(encoders, "_cached", lambda name: None)
     monkeypatch.setattr(encoders, "_download", download)
     monkeypatch.setattr(preflight, "offline_reason", lambda kind, name: None)
-    row = rows_of(flags(built, text_encoder_name_1="google/mt5-xxl"))["teacher"]
-    assert row.state == "warn" and row.fix == "hf download google/mt5-xxl, then check again"
+    row = rows_of(flags(built, text_encoder_name_1="somebody/t5"))["teacher"]
+    assert row.state == "warn" and row.fix == "hf download somebody/t5, then check again"
+    # Of a published one its width is known, and so all else is checked.
+    found = rows_of(flags(built, text_encoder_name_1="google/mt5-xxl"))
+    assert found["text_encoder"].state == "warn" and "4096 wide" in found["text_encoder"].says
+    assert "it is 4096 wide but the teacher takes caption_channels=8" in found["fit"].says
+    monkeypatch.setitem(encoders.WIDTHS["t5"], "google/mt5-xxl", 8)
+    found = rows_of(flags(built, text_encoder_name_1="google/mt5-xxl"))
+    assert {name for name, row in found.items() if row.state != "ok"} == {"text_encoder"}
+    assert found["tokens"].says.startswith(f"{MAX_LENGTH} at most") and {"memory", "disk"} <= found.keys()
 
 
 @pytest.mark.parametrize(

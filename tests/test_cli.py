@@ -52,6 +52,12 @@ def test_usage(show: Show) -> None:
         assert code == 0 and f"tdm-fast {command}" in text
 
 
+@pytest.mark.parametrize("name", ["tdm_fast", "tdm_fast.cli"])
+def test_the_package_is_the_command(name: str) -> None:
+    ended = subprocess.run([sys.executable, "-m", name, "no-such"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and ended.stderr.startswith("tdm-fast: no command 'no-such'; there are train")
+
+
 def test_the_flags_of_train_are_explained(show: Show) -> None:
     text = show("train", "--help")[1].replace("-", "_")
     for flag in ("cfg", "use_huber", "resume_from_checkpoint", "checkpoints_total_limit", "nodes", "prompts", "config"):

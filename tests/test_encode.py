@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from encode_jobs import PROMPTS, fill_folder, slow_fill
+from guide_parts import NAME, build_parts
 from rank_runs import PRELOAD, run_ranks
 from safetensors import safe_open
 from tiny_encoders import clip_folder, edit_json, t5_folder
@@ -21,7 +22,7 @@ from tdm_fast import cli, prompt_store
 from tdm_fast.encode import EncodeConfig, encode
 from tdm_fast.encoders import Encoder, find_encoder, load_encoder
 from tdm_fast.files import locked
-from tdm_fast.models.opensora_denoiser import say_unused
+from tdm_fast.notes import say_once
 from tdm_fast.prompt_store import cached_prompts, fill, identity
 from tdm_fast.text import PromptCache
 
@@ -120,7 +121,9 @@ def test_a_kill_at_any_moment_loses_only_what_was_not_written(t5: Path, tmp_path
     ):
         cached_prompts(folder)
     (folder / ".shard-torn.safetensors.partial").write_bytes(b"torn")
+    (folder / ".notes.partial").write_bytes(b"somebody's own")
     assert same(fill_folder(folder, t5, shard_bytes=1), undisturbed)
+    (folder / ".notes.partial").unlink()
     assert all(path.read_bytes() == content for path, content in written.items())
     names = [{path.name for path in each.iterdir()} for each in (folder, tmp_path / "undisturbed")]
     assert names[0] == names[1]
@@ -165,21 +168,17 @@ def test_a_cache_of_another_encoder_or_type_is_refused(t5: Path, tmp_path: Path)
         ValueError, match=r"another text encoder has encoded .*; name another folder, or remove this one"
     ):
         fill_folder(folder, other)
-    encoders, load = (
-        identity([find_encoder(t5, flag=FLAG)]),
-        lambda: [load_encoder(t5, flag=FLAG, dtype=torch.bfloat16)],
-    )
-    with pytest.raises(
-        ValueError, match="holds states in float32 and the encoder now computes in bfloat16; go on with"
-    ):
-        fill(folder, ["one more"], encoders, load)
+    never: Any = lambda: pytest.fail("loaded the encoder")  # noqa: E731
+    with pytest.raises(ValueError, match=r"holds states in float32, .* in bfloat16; `tdm-fast encode --dtype float32`"):
+        fill(folder, ["one more"], identity([find_encoder(t5, flag=FLAG)]), never, dtype=torch.bfloat16)
     with locked(folder), pytest.raises(ValueError, match="in use by another run"):
         fill_folder(folder, t5, ["one more"])
 
 
 def test_states_in_bfloat16_take_half_the_room(t5: Path, tmp_path: Path) -> None:
     encoder = load_encoder(t5, flag=FLAG, dtype=torch.bfloat16)
-    cache = fill(tmp_path, PROMPTS, identity([find_encoder(t5, flag=FLAG)]), lambda: [encoder])
+    encoders = identity([find_encoder(t5, flag=FLAG)])
+    cache = fill(tmp_path, PROMPTS, encoders, lambda: [encoder], dtype=torch.bfloat16)
     assert {row.dtype for row in cache.embeddings} == {torch.bfloat16}
     assert cache.batch([0]).tensors["encoder_hidden_states"].dtype == torch.float32
     alone = encoder.states(encoder.tokenize(PROMPTS[:1]))[0]
@@ -204,7 +203,7 @@ def test_a_teachers_own_encoder(
     prompts = tmp_path / "it.txt"
     prompts.write_text("a red circle\n")
     config = EncodeConfig(prompts=str(prompts), output_dir=tmp_path / "cache", model=tiny_teacher, device="cpu")
-    say_unused.cache_clear()
+    say_once.cache_clear()
     config.text_encoder_name_2 = str(clip)
     cache = encode(config)
     assert cache.embeddings[0].shape == (4, 8) and cache.embeddings_2 is None
@@ -214,13 +213,29 @@ def test_a_teachers_own_encoder(
         ValueError, match=r"--text_encoder_name_1 .*wide: it is 16 wide but the teacher takes .*=8; none"
     ):
         encode(config)
-    both = shutil.copytree(tiny_teacher, tmp_path / "both")
+    both = shutil.copytree(tiny_teacher, tmp_path / "both")  # for the package's transformer, which may take two
     edit_json(both / "transformer" / "config.json", caption_channels=[8, 6])
     config = EncodeConfig(prompts=str(prompts), output_dir=tmp_path / "two", model=both, device="cpu")
-    with pytest.raises(ValueError, match="it takes two text encoders; --text_encoder_name_2 names the other"):
+    with pytest.raises(ValueError, match=r"--text_encoder_name_2 is needed: .*both/transformer takes two"):
         encode(config)
     config.text_encoder_name_2 = str(clip)
     assert encode(config).batch([0]).tensors["encoder_2_hidden_states"].shape == (1, 1, 6)
+
+
+def test_a_transformer_that_is_named_as_train_names_it(tmp_path: Path) -> None:
+    """A name and the weights' folder, as published: no pipeline, the encoder beside it."""
+    parts = build_parts(tmp_path / "parts")
+    shutil.move(parts / "transformer", parts / "published" / "any93x640x640")
+    (tmp_path / "it.txt").write_text("a red circle\n")
+    config = EncodeConfig(prompts=str(tmp_path / "it.txt"), output_dir=tmp_path / "cache", device="cpu")
+    config.model, config.model_path = Path(NAME), parts / "published"
+    with pytest.raises(ValueError, match="--text_encoder_name_1: name a text encoder"):
+        encode(config)
+    config.text_encoder_name_1 = str(t5_folder(tmp_path / "wide", width=16))
+    with pytest.raises(ValueError, match=r"it is 16 wide but the teacher takes .*=8"):
+        encode(config)
+    config.text_encoder_name_1 = str(parts / "t5")
+    assert encode(config).embeddings[0].shape[1] == 8
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_what_cannot_work_ends_with_code_2(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     flags = guide_flags(parts, **change(parts, tmp_path), output_dir=tmp_path / "run")
     # What reads weights would be the long work.
-    for place in ("models.loading.load_network", "encoders.EncoderFiles.load"):
+    for place in ("models.loading.load_network", "models.registry.load_network", "encoders.EncoderFiles.load"):
         monkeypatch.setattr(f"tdm_fast.{place}", lambda *_, **__: pytest.fail("weights are read"))
     capsys.readouterr()
     assert cli.main(["train", *flags]) == 2

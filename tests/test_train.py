@@ -306,7 +306,9 @@ def test_a_clock_that_jumps_changes_nothing(
     assert [path.name for path in checkpoints(tmp_path / "jumping")] == ["checkpoint-3", "checkpoint-4"]
 
 
-def test_a_checkpoint_of_another_run_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     short = dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, max_train_steps=1))
     train(short)
     saved = {path: path.read_bytes() for path in short.run.output_dir.rglob("*") if path.is_file()}
@@ -315,7 +317,8 @@ def test_a_checkpoint_of_another_run_is_refused(config: TrainConfig, tmp_path: P
         tdm=dataclasses.replace(short.tdm, cfg=2.0, use_huber=False),
         optimiser=dataclasses.replace(short.optimiser, learning_rate=2e-3),
     )
-    with pytest.raises(ValueError) as error:
+    with monkeypatch.context() as patch, pytest.raises(ValueError) as error:
+        patch.setattr(module, "fill", lambda *_, **__: pytest.fail("prompts are encoded"))
         train(other)
     for part in (
         "checkpoint-1 belongs to a run with another configuration",
@@ -335,6 +338,9 @@ def test_a_checkpoint_of_another_run_is_refused(config: TrainConfig, tmp_path: P
     with pytest.raises(ValueError, match="stage/checkpoint-1 is no checkpoint of a training run: it lacks ema"):
         train(moved(short, tmp_path / "new", resume_from_checkpoint=str(stage)))
     assert saved == {path: path.read_bytes() for path in saved}
+    # What `auto` has yet to find is no other flag.
+    auto = dataclasses.replace(short, optimiser=dataclasses.replace(short.optimiser, train_batch_size="auto"))
+    assert train(auto)["iterations"] == 1
     # What does not decide the weights may change.
     train(moved(short, short.run.output_dir, checkpointing_steps=7, validation_steps=9))
 
@@ -469,6 +475,30 @@ def test_a_gpu_trains_and_samples(config: TrainConfig) -> None:
     train(config)
     log = rows(config.run.output_dir)
     assert len(log) == 4 and all(math.isfinite(row["loss_fake"] + row["loss_student"]) for row in log)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"run": {"video_sizes": ("2x8x8",)}}, "--video_sizes 2x8x8"),
+        ({"tdm": {"total_steps": 2000}}, "total_steps"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, changed: dict[str, dict[str, Any]], says: str
+) -> None:
+    groups = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changed.items()}
+    monkeypatch.setattr(module, "load_parts", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ValueError, match=says):
+        train(dataclasses.replace(config, **groups))
+    assert not config.run.output_dir.exists()
+
+
+def test_prompts_may_be_in_a_column_that_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "it.csv"
+    table.write_text("caption,long\na circle,a red circle\n")
+    for flags, wanted in (([], "a circle"), (["--prompt_column", "long"], "a red circle")):
+        assert module.prompts_of(parse_train(["--prompts", str(table), *flags])) == [wanted]
 
 
 def test_prompts_of_ones_own_are_encoded_once(

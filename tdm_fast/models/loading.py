@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tdm_fast.encoders import EncoderFiles, check_width
+from tdm_fast.encoders import EncoderFiles, check_encoders
 from tdm_fast.files import read_json, whole_folder
 from tdm_fast.models import registry, upstream
 from tdm_fast.models.networks import check_tensors, check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
-from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
-from tdm_fast.models.sizes import AXES, latent_size, units
-from tdm_fast.models.sources import SAMPLER_FILE, Sources
+from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, takes_two
+from tdm_fast.models.sizes import AXES, latent_size, latents_of, units
+from tdm_fast.models.sources import SAMPLER_FILE, Sources, caption_channels
 from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.notes import say_once
 from tdm_fast.schedule import Schedule
 
-__all__ = ["Pipeline", "check_weights", "load_metrics", "load_network", "load_parts", "load_pipeline", "save_student"]
+__all__ = [
+    "Pipeline", "check_weights", "load_empty", "load_metrics", "load_network", "load_parts", "load_pipeline",
+    "save_student",
+]  # fmt: skip
 
 BIASES_FILE = "num_steps.safetensors"
 METRICS_FILE = "teacher_metrics.json"
@@ -134,13 +137,7 @@ class Pipeline:
         config: Any = self.denoiser.model.config
         lengths = [int(number) for number in size.split("x")]
         axes = units(self.vae.strides, config.patch_size)
-        if not all(unit.fits(length) for unit, length in zip(axes, lengths, strict=True)):
-            fitting = (min(unit.nearest(n), key=lambda m: abs(m - n)) for unit, n in zip(axes, lengths, strict=True))
-            raise ValueError(
-                f"--video_sizes {size}: frames come as {axes[0]}, height and width as {axes[1]} and {axes[2]}; the"
-                f" nearest that fits is {'x'.join(map(str, fitting))}"
-            )
-        return (config.in_channels, *(unit.latents(length, size) for unit, length in zip(axes, lengths, strict=True)))
+        return (config.in_channels, *latents_of(lengths, axes, f"--video_sizes {size}"))
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
@@ -167,6 +164,14 @@ class Pipeline:
 def load_pipeline(folder: Path, *, empty: Collection[str] = ()) -> Pipeline:
     """Load a teacher's or a student's folder; `load_parts` of its own parts."""
     return load_parts(Sources.of_folder(folder), empty=empty)
+
+
+def load_empty(sources: Sources) -> Pipeline:
+    """A model without weights: what `load_parts` refuses and what its size is, within seconds.
+
+    The transformer is this project's; upstream's has the same sizes.
+    """
+    return load_parts(replace(sources, upstream=False), empty=("transformer", "vae", "text_encoder"))
 
 
 @torch.no_grad()
@@ -221,11 +226,22 @@ def weight_checks(sources: Sources) -> dict[str, Callable[[], None]]:
     """What raises ValueError for a network's weights that are not all of it, by their headers; by the part's name."""
     checks: dict[str, Callable[[], None]] = {}
     if sources.transformer is not None and not sources.upstream:
-        checks["transformer"] = partial(check_tensors, sources.transformer, OpenSoraT2V_v1_3)
+        checks["transformer"] = partial(_check_transformer, sources.transformer)
     checks["vae"] = partial(check_tensors, sources.vae, registry.vae_class(sources.vae))
     for encoder, suffix in zip(sources.encoders, ("", "_2"), strict=False):
         checks[f"text_encoder{suffix}"] = encoder.check_tensors
     return checks
+
+
+def _check_transformer(folder: Path) -> None:
+    """Raise ValueError for a transformer's folder that is not one of ours, by its config and its files' headers."""
+    channels = caption_channels(folder)
+    if isinstance(channels, list) and len(channels) > 1:
+        raise ValueError(
+            f"{folder}: caption_channels={channels}, so it takes two text encoders; this project's transformer takes"
+            " one, and --opensora_source upstream runs the package opensora's own"
+        )
+    check_tensors(folder, OpenSoraT2V_v1_3)
 
 
 def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
@@ -241,7 +257,7 @@ def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
             f"{sources.transformer}: the transformer takes latents of in_channels={config.get('in_channels')} but the"
             f" VAE in {sources.vae} decodes {vae.channels} channels; the two are not of one model"
         )
-    check_encoders(sources, config.get("caption_channels"))
+    check_encoders(str(sources.transformer), sources.encoders, config.get("caption_channels"))
     size = latent_size(sources, config, vae.strides)
     transformer: Any
     if sources.upstream:
@@ -252,25 +268,11 @@ def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
     return transformer
 
 
-def check_encoders(sources: Sources, caption_channels: Any) -> None:
-    """Raise ValueError where the text encoders are not those that a transformer of these `caption_channels` takes."""
-    widths = caption_channels if isinstance(caption_channels, list | tuple) else [caption_channels]
-    if len(widths) > len(sources.encoders):
-        raise ValueError(
-            f"--text_encoder_name_2 is needed: {sources.transformer} takes two text encoders, caption_channels={widths}"
-        )
-    if len(widths) < len(sources.encoders):
-        say_unused(OpenSoraT2V_v1_3.__name__)
-    for encoder, width in zip(sources.encoders, widths, strict=False):
-        check_width(encoder, width, flag=encoder.flag)
-
-
 def _random_transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
     """A transformer that the registry makes, and a loud word about it."""
     assert sources.name is not None
     channels = {"in_channels": vae.channels, "out_channels": vae.channels}
     config: dict[str, Any] = {**channels, "caption_channels": sources.encoder.width}
-    check_encoders(sources, sources.encoder.width)
     config |= latent_size(sources, registry.TWO_BILLION, vae.strides)
     say_once(
         f"--model {sources.name}: RANDOM WEIGHTS. No folder has this name and --model_path names none, so the network"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tdm_fast.models.autoencoder import VideoAutoencoder
 from tdm_fast.models.networks import empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
+from tdm_fast.models.sizes import latents_of, units
 from tdm_fast.models.vae import CausalVAEWrapper, VAEWrapper, WFVAEWrapper
 
 V = TypeVar("V")
@@ -144,30 +145,10 @@ def configuration(name: str, *, ae: str = DEFAULT_AE, **config: Any) -> dict[str
     size, channels = preset(name), _AES[ae].channels
     merged = TWO_BILLION | {"in_channels": channels, "out_channels": channels} | config
     if size is not None:
-        latents = latent_size(size, _AES[ae].strides, merged["patch_size"], flag=f"--model {name}")
+        latents = latents_of(size, units(_AES[ae].strides, merged["patch_size"]), f"--model {name}")
         own = dict(zip(("sample_size_t", "sample_size_h", "sample_size_w"), latents, strict=True))
         merged = own | merged
     return merged
-
-
-def latent_size(
-    size: Preset, strides: tuple[int, int, int], patch_size: int, *, flag: str = "size"
-) -> tuple[int, int, int]:
-    """`(T, H, W)` of the latents of videos of a size, by a VAE of these strides.
-
-    Raises ValueError that names `flag` and the nearest size that does, for one that strides and patches do not divide.
-    """
-    units = (strides[0], strides[1] * patch_size, strides[2] * patch_size)
-    frames = round((size.num_frames - 1) / units[0]) * units[0] + 1
-    nearest = Preset(
-        frames, *(max(1, round(side / unit)) * unit for side, unit in zip(size[1:], units[1:], strict=True))
-    )
-    if nearest != size:
-        raise ValueError(
-            f"{flag}: videos of {'x'.join(map(str, size))} do not divide; frames come as 1 + n·{units[0]}, height in"
-            f" multiples of {units[1]}, width of {units[2]}: {'x'.join(map(str, nearest))} is the nearest that does"
-        )
-    return ((size.num_frames - 1) // strides[0] + 1, size.height // strides[1], size.width // strides[2])
 
 
 def find_folder(

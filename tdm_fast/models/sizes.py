@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tdm_fast.models import registry
-from tdm_fast.models.sources import Sources
 from tdm_fast.notes import say_once
+
+if TYPE_CHECKING:
+    from tdm_fast.models.sources import Sources
 
 AXES = ("t", "h", "w")
 SIZE_FLAGS = ("num_frames", "max_height", "max_width")
@@ -49,6 +50,20 @@ def units(strides: tuple[int, int, int], patch_size: int) -> tuple[Unit, Unit, U
     return Unit(1, time, time), Unit(0, height * patch_size, height), Unit(0, width * patch_size, width)
 
 
+def latents_of(size: Sequence[int], axes: Sequence[Unit], what: str) -> tuple[int, ...]:
+    """`(T, H, W)` of the latents of videos of a size, in frames and pixels.
+
+    Raises ValueError, which says `what`, with the nearest size that fits, for one that does not.
+    """
+    if not all(unit.fits(length) for unit, length in zip(axes, size, strict=True)):
+        fitting = (min(unit.nearest(n), key=lambda m: abs(m - n)) for unit, n in zip(axes, size, strict=True))
+        raise ValueError(
+            f"{what}: frames come as {axes[0]}, height and width as {axes[1]} and {axes[2]}; the nearest that fits is"
+            f" {'x'.join(map(str, fitting))}"
+        )
+    return tuple(unit.latents(length, what) for unit, length in zip(axes, size, strict=True))
+
+
 def latent_size(sources: Sources, config: Mapping[str, Any], strides: tuple[int, int, int]) -> dict[str, int]:
     """`sample_size_t|h|w` of a transformer with this config.
 
@@ -56,7 +71,7 @@ def latent_size(sources: Sources, config: Mapping[str, Any], strides: tuple[int,
     with the nearest lengths that fit, for one that does not.
     """
     patch = config["patch_size"]
-    preset = (registry.preset(sources.name) if sources.name else None) or (None, None, None)
+    preset = sources.preset or (None, None, None)
     sizes: dict[str, int] = {}
     overruled = []
     axes = zip(AXES, SIZE_FLAGS, units(strides, patch), sources.size, preset, strict=True)
@@ -67,6 +82,11 @@ def latent_size(sources: Sources, config: Mapping[str, Any], strides: tuple[int,
             sizes[key] = unit.latents(asked, f"--{flag} is {asked}")
         elif own is None and named is not None:
             sizes[key] = unit.latents(named, f"--model {sources.name}: {flag} is {named}")
+        elif own is None:
+            raise ValueError(
+                f"{sources.transformer or sources.name}: the size of its videos is not known, as its config has no"
+                f" {key}; --{', --'.join(SIZE_FLAGS)} give it, or a name with a size (OpenSoraT2V_v1_3_93x640x640)"
+            )
         else:
             sizes[key] = _checked(own, 1 if axis == "t" else patch, f"{sources.transformer}: {key} is {own}")
             if named is not None and unit.pixels(own) != named:

@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import diffusers
 
 from tdm_fast.encoders import CLASSES as ENCODERS
 from tdm_fast.encoders import EncoderFiles, find_encoder
-from tdm_fast.files import read_json
+from tdm_fast.files import content_digest, read_json
 from tdm_fast.models import registry, upstream
 from tdm_fast.models.networks import check_weights
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
@@ -66,13 +65,14 @@ class Sources:
         return cls._of_pipeline(folder, {})
 
     @classmethod
-    def of_flags(cls, flags: ModelConfig) -> Sources:
+    def of_flags(cls, flags: ModelConfig, *, find: Callable[..., EncoderFiles] = find_encoder) -> Sources:
         """The parts that the flags name. Those that no flag names are those of the pipeline's folder `--model`.
 
         A transformer is taken from an existing folder of the name `--model`, else from `--model_path`, else made by the
-        registry. Raises ValueError, naming the flag, for what is missing, damaged or of another model.
+        registry. `find` is what finds the encoders that flags name. Raises ValueError, naming the flag, for what is
+        missing, damaged or of another model.
         """
-        folder, name = _folder(flags), str(flags.model)
+        folder, name = find_folder(flags), str(flags.model)
         if flags.opensora_source == "upstream":
             upstream.registries()  # raises where the package cannot be imported
         named: dict[str, Any] = {}
@@ -85,9 +85,9 @@ class Sources:
             if any(named["vae"].glob("*.safetensors")):  # and not a trainer's checkpoint
                 check_weights(named["vae"])
         if flags.text_encoder_name_1 is not None:
-            named["encoder"] = find_encoder(flags.text_encoder_name_1, flag="--text_encoder_name_1", kind="t5")
-        if flags.text_encoder_name_2 is not None:
-            named["encoder_2"] = find_encoder(flags.text_encoder_name_2, flag="--text_encoder_name_2", kind="clip")
+            named["encoder"] = find(flags.text_encoder_name_1, flag="--text_encoder_name_1", kind="t5")
+        if flags.text_encoder_name_2 is not None and takes_second(folder and find_transformer(folder), name):
+            named["encoder_2"] = find(flags.text_encoder_name_2, flag="--text_encoder_name_2", kind="clip")
         if folder is not None and ((folder / INDEX_FILE).is_file() or not named):
             parts = cls._of_pipeline(folder, named)
         else:
@@ -108,9 +108,11 @@ class Sources:
         absent = {part for each in named for part in replaced[each]}
         index = check_folder(folder, [part for part in PARTS if part not in absent])
         own: dict[str, Any] = {"vae": folder / "vae"}
-        for each, part in (("encoder", "text_encoder"), ("encoder_2", "text_encoder_2")):
-            if each not in named and _class_name(index, part):
-                own[each] = _encoder_of(folder, part)
+        if "encoder" not in named:
+            own["encoder"] = _encoder_of(folder, "text_encoder")
+        has_second = "encoder_2" not in named and _class_name(index, "text_encoder_2")
+        if has_second and takes_second(folder / "transformer", str(folder)):
+            own["encoder_2"] = _encoder_of(folder, "text_encoder_2")
         return cls(folder, transformer=folder / "transformer", scheduler=folder / "scheduler", **own | named)
 
     @classmethod
@@ -123,9 +125,15 @@ class Sources:
                 raise ValueError(f"{flag} is needed: {folder or name} {brings} no {what} of its own")
         transformer = scheduler = None
         if folder is not None:
-            transformer = registry.find_folder(folder, OpenSoraT2V_v1_3)
+            transformer = find_transformer(folder)
             check_weights(transformer)
-            scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else None
+            places = (folder / "scheduler", transformer.absolute().parent / "scheduler")
+            scheduler = next((place for place in places if (place / "scheduler_config.json").is_file()), None)
+        if scheduler is None:
+            say_once(
+                f"{transformer or name} has no scheduler/ in or beside it, so the schedule is Open-Sora Plan v1.3's:"
+                " v_prediction, zero-terminal SNR, linear betas, trailing spacing"
+            )
         return cls(folder or Path(name), transformer=transformer, scheduler=scheduler, **named)
 
     @property
@@ -134,6 +142,11 @@ class Sources:
         index = self.folder / INDEX_FILE
         distilled = index.is_file() and read_json(index).get("is_distilled") is True
         return not distilled and not (self.folder / SAMPLER_FILE).exists()
+
+    @property
+    def preset(self) -> registry.Preset | None:
+        """The size of videos that is part of the transformer's name, if there is one."""
+        return registry.preset(self.name) if self.name else None
 
     @property
     def has_weights(self) -> bool:
@@ -177,8 +190,7 @@ class Sources:
             if not files and part in ("transformer", "scheduler"):
                 total.update(f"{part} {self.name if part == 'transformer' else 'recipe'}\n".encode())
             for path in files:
-                stat = path.stat()
-                total.update(f"{part}/{path.name} {_sha256(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
+                total.update(f"{part}/{path.name} {content_digest(path)}\n".encode())
         return total.hexdigest()[:16]
 
     def scheduler_object(self) -> Any:
@@ -219,7 +231,8 @@ class Sources:
         """A pipeline's index: the folder's own, with the entries of parts from elsewhere."""
         index: dict[str, Any] = {"_class_name": "OpenSoraPipeline"}
         if (path := self.folder / INDEX_FILE).is_file():
-            index = read_json(path)
+            entries = read_json(path).items()
+            index = {part: entry for part, entry in entries if part in self.folders or part not in SECOND_PARTS}
         for part, place in self.folders.items():
             if place != self.folder / part or part not in index:
                 index[part] = [LIBRARIES.get(part, "transformers"), self._class_of(part, place)]
@@ -237,7 +250,7 @@ class Sources:
         return ENCODERS[config["model_type"]].__name__ if part.startswith("text_encoder") else config["_class_name"]
 
 
-def _folder(flags: ModelConfig) -> Path | None:
+def find_folder(flags: ModelConfig) -> Path | None:
     """Where the transformer's weights are, None where the registry is to make them; refuses what is neither."""
     folder, name = flags.folder, str(flags.model)
     if folder is None and not registry.is_known(name):
@@ -253,6 +266,26 @@ def _folder(flags: ModelConfig) -> Path | None:
     elif flags.model_path is not None and flags.model not in (type(flags).model, folder):
         registry.check_name(name)
     return folder
+
+
+def find_transformer(folder: Path) -> Path:
+    """Where the transformer is in a pipeline's folder, or in one that `registry.find_folder` knows its way in."""
+    return folder / "transformer" if (folder / INDEX_FILE).is_file() else registry.find_folder(folder, OpenSoraT2V_v1_3)
+
+
+def caption_channels(transformer: Path) -> Any:
+    """The width of text that a transformer's config says, or a list of them; None where it says nothing."""
+    path = transformer / "config.json"
+    return read_json(path).get("caption_channels") if path.is_file() else None
+
+
+def takes_second(transformer: Path | None, name: str) -> bool:
+    """Whether a transformer (None: the registry's) takes a second text encoder; says so if not, as one is named."""
+    channels = None if transformer is None else caption_channels(transformer)
+    if isinstance(channels, list) and len(channels) > 1:
+        return True
+    say_once(f"{transformer or name} takes one text encoder's states; the second encoder is not used")
+    return False
 
 
 def _encoder_of(folder: Path, part: str) -> EncoderFiles:
@@ -295,13 +328,6 @@ def _class_name(index: dict[str, Any], part: str) -> str | None:
     """The class that a pipeline's index names for a part, or None."""
     entry = index.get(part)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-
-
-@cache
-def _sha256(path: Path, size: int, modified: int) -> str:
-    """A file's digest; its size and its time tell whether it is still the same, so that it is read once."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -78,61 +78,14 @@ def load_transformer(folder: Path, name: str = "OpenSoraT2V_v1_3") -> nn.Module:
     return runnable(load_network(registry.find_folder(folder, cls), cls))
 
 
-def load_vae(name: str, folder: Path) -> UpstreamVAE:
-    """The package's VAE of a folder, frozen and in evaluation mode, on the CPU.
-
-    Raises ValueError as `registry.load_vae` does, for a package that does not import, and a name that it does not know.
-    """
-    tables = registries()
-    wrapper = _entry(tables.ae_wrapper, name)
-    place = registry.check_vae(name, folder)
-    # Its VAEs make buffers that loading on the meta device would leave there.
-    vae = wrapper(str(place), low_cpu_mem_usage=False)
-    strides = tuple(tables.ae_stride_config[name])
-    assert len(strides) == 3
-    return UpstreamVAE(vae, strides, tables.ae_channel_config[name]).requires_grad_(False).eval()
-
-
-class UpstreamVAE(nn.Module):
-    """One of the package's VAE wrappers, with what ours says of itself beside its `encode` and `decode`."""
-
-    def __init__(self, wrapper: nn.Module, strides: tuple[int, int, int], channels: int) -> None:
-        super().__init__()
-        self.wrapper: Any = wrapper
-        self.strides = strides
-        self.channels = channels
-
-    @property
-    def vae(self) -> nn.Module:
-        """The autoencoder itself, with `enable_tiling`."""
-        return self.wrapper.vae
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.wrapper.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.wrapper.parameters()).device
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Video `[B, 3, T, H, W]` in [-1, 1] to scaled latents, drawn with torch's global generator."""
-        return self.wrapper.encode(x)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents `[B, C, T', H', W']` to video `[B, T, 3, H, W]`."""
-        return self.wrapper.decode(z)
-
-
 def runnable(model: nn.Module) -> nn.Module:
-    """The package's transformer, called like ours from now on: masks may be None, and it runs without a GPU.
+    """The package's transformer, called like ours from now on: masks may be None, and it runs on any device.
 
     Its class, weights and configuration stay its own.
     """
     model.register_forward_pre_hook(_fill_masks, with_kwargs=True)
-    if not torch.cuda.is_available():
-        # It allows attention one kernel that CPUs do not have; the switch has no other use on such a machine.
-        torch.backends.cuda.sdp_kernel = lambda **_: contextlib.nullcontext()  # type: ignore[assignment]
+    # It allows attention one kernel, which CPUs do not have, by a switch that PyTorch is giving up; PyTorch may choose.
+    torch.backends.cuda.sdp_kernel = lambda **_: contextlib.nullcontext()  # type: ignore[assignment]
     return model
 
 

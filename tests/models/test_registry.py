@@ -67,7 +67,7 @@ def test_a_size_in_the_name_is_the_model_s_own() -> None:
     [("OpenSoraT2V_v1_3_92x640x640", "93x640x640"), ("OpenSoraT2V_v1_3_2x7x100", "1x16x96")],
 )
 def test_sizes_that_do_not_divide_are_refused_with_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(ValueError, match=f"--model {name}: .*{nearest} is the nearest that does"):
+    with pytest.raises(ValueError, match=f"--model {name}: .* the nearest that fits is {nearest}"):
         registry.build(name, **SMALL)
 
 
