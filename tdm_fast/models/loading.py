@@ -188,6 +188,8 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     schedule = Schedule.from_scheduler(scheduler)
     own = _few_step(sources.folder, schedule.num_train_timesteps)
     vae = registry.load_vae(None, sources.vae, empty=True)
+    if sources.transformer is not None:
+        _check_fit(sources, sources.transformer, vae)
     for check in weight_checks(sources).values():
         check()
     transformer = _transformer(sources, vae, empty="transformer" in empty).requires_grad_(False).eval()
@@ -233,6 +235,17 @@ def weight_checks(sources: Sources) -> dict[str, Callable[[], None]]:
     return checks
 
 
+def _check_fit(sources: Sources, folder: Path, vae: VAEWrapper) -> None:
+    """Raise ValueError where VAE or text encoders do not fit the transformer in a folder, by its config."""
+    channels = read_json(folder / "config.json").get("in_channels")
+    if channels != vae.channels:
+        raise ValueError(
+            f"{folder}: the transformer takes latents of in_channels={channels} but the VAE in {sources.vae} decodes"
+            f" {vae.channels} channels; the two are not of one model"
+        )
+    check_encoders(str(folder), sources.encoders, caption_channels(folder))
+
+
 def _check_transformer(folder: Path) -> None:
     """Raise ValueError for a transformer's folder that is not one of ours, by its config and its files' headers."""
     channels = caption_channels(folder)
@@ -247,17 +260,11 @@ def _check_transformer(folder: Path) -> None:
 def _transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> Any:
     """The transformer, with the size of its latents in its config.
 
-    Raises ValueError where VAE or text encoder do not fit it, and for a size that patches and VAE do not divide.
+    Raises ValueError for a size that patches and VAE do not divide.
     """
     if sources.transformer is None:
         return _random_transformer(sources, vae, empty=empty)
     config = OpenSoraT2V_v1_3.load_config(sources.transformer)
-    if config.get("in_channels") != vae.channels:
-        raise ValueError(
-            f"{sources.transformer}: the transformer takes latents of in_channels={config.get('in_channels')} but the"
-            f" VAE in {sources.vae} decodes {vae.channels} channels; the two are not of one model"
-        )
-    check_encoders(str(sources.transformer), sources.encoders, config.get("caption_channels"))
     size = latent_size(sources, config, vae.strides)
     transformer: Any
     if sources.upstream:
