@@ -136,7 +136,7 @@ def test_a_run_leaves_what_it_should(finished: Path, tiny_teacher: Path) -> None
     assert parse_train(["--config", str(finished / "config.yaml")]) == parse_train(
         ["--model", str(tiny_teacher), "--output_dir", str(finished), "--checkpoints_total_limit", "None", *FLAGS]
     )
-    assert {path.name for path in finished.rglob(".*")} == {".metadata"}  # each checkpoint's own
+    assert {path.name for path in finished.rglob(".*")} == {".lock", ".metadata"}  # the latter each checkpoint's own
 
 
 def test_the_student_has_moved_and_is_the_average(finished: Path, tiny_teacher: Path) -> None:
