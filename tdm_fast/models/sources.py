@@ -306,7 +306,7 @@ def check_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Any]
     except FileNotFoundError:
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise ValueError(
-            f"{folder}: no {INDEX_FILE} in it (found: {found}); it takes a pipeline's folder, or for `train` a"
+            f"{folder}: no {INDEX_FILE} in it (found: {found}); it takes a pipeline's folder, or a"
             " transformer's with --ae_path and --text_encoder_name_1 beside it"
         ) from None
     classes = {part: _class_name(index, part) for part in parts}
