@@ -29,7 +29,7 @@ from tdm_fast.evaluate import (
 )
 from tdm_fast.evaluator import ShapesEvaluator, frechet_distance, moments
 from tdm_fast.models.loading import load_pipeline, save_student
-from tdm_fast.sample import generate
+from tdm_fast.sample import UNMEASURED_GUIDANCE, generate
 from tdm_fast.samplers import trailing_timesteps
 from tdm_fast.text import PromptCache
 from tdm_fast.train import train
@@ -120,7 +120,7 @@ def test_the_same_command_gives_the_same_numbers(
 
 def test_a_teacher_is_evaluated_at_its_best_guidance(folder: Path) -> None:
     config = EvaluateConfig(model=folder, evaluator=folder, num_steps=1, num_videos=COUNT)
-    assert evaluate(config)["guidance"] == 1.0
+    assert evaluate(config)["guidance"] == UNMEASURED_GUIDANCE
     (folder / "teacher_metrics.json").write_text(json.dumps({"teacher": KNOWN, "teacher_few_step": KNOWN}))
     assert evaluate(config)["guidance"] == KNOWN["guidance"] == 1.5
     config.guidance = 3.0

@@ -160,7 +160,7 @@ def test_a_student_that_cannot_be_written_leaves_the_old_one(
         (wider_text_encoder, "text_encoder: it is 16 wide but the teacher takes caption_channels=8; none of the"),
         (lambda f: edit(f / "transformer" / "config.json", sample_size_h=7), "sample_size_h is 7; .* 6 or 8 would do"),
         (lambda f: edit(f / "transformer" / "config.json", sample_size_w=1), "sample_size_w is 1; .* 2 would do"),
-        (lambda f: edit(f / "transformer" / "config.json", sample_size_t=None), "sample_size_t is None"),
+        (lambda f: edit(f / "transformer" / "config.json", sample_size_t=None), "its config has no sample_size_t"),
         (lambda f: edit(f / "transformer" / "config.json", sample_size_t=0), "sample_size_t is 0"),
     ],
 )
