@@ -89,6 +89,7 @@ def test_the_script_writes_its_table(tmp_path: Path) -> None:
     assert found.with_suffix(".png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_an_estimate_is_written_without_running(tmp_path: Path) -> None:
     main = runpy.run_path(str(SCRIPT))["main"]
     assert main(["--model", "dry", "--estimate", "--roles", "full", "--output", str(tmp_path)]) == 0

@@ -129,6 +129,7 @@ def test_a_stage_learns_and_leaves_its_average(tmp_path: Path) -> None:
     assert [row["step"] for row in log] == [100, 200, 300]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_interrupted_is_the_same_teacher(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

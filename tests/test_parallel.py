@@ -175,13 +175,14 @@ def every_call(made: Networks, batch: int, length: int, masked: bool) -> list[Te
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("roles", "checkpointing"),
     [
         ("full", "none"),
-        pytest.param("lora", "block", marks=pytest.mark.slow),
-        pytest.param("full", "selective", marks=pytest.mark.slow),
-        pytest.param("lora", "none", marks=pytest.mark.slow),
+        ("lora", "block"),
+        ("full", "selective"),
+        ("lora", "none"),
     ],
 )
 def test_nothing_compiles_after_the_warm_up(roles: str, checkpointing: str) -> None:

@@ -171,7 +171,8 @@ def test_torchrun_hands_the_signal_on(torchrun: Torchrun, tmp_path: Path) -> Non
     assert {f"checkpoint-{step}" for step in said} == {latest_checkpoint(run).name}, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_ranks_save_and_leave_when_torchrun_dies(torchrun: Torchrun, tmp_path: Path, number: signal.Signals) -> None:
     """Of kill -9, or of a signal that it has not been told to hand on."""
     run = tmp_path / "run"

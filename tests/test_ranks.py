@@ -164,6 +164,7 @@ def test_another_number_of_ranks_goes_on(alone: Path, tiny_teacher: Path, tmp_pa
     assert_same(output, alone)
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_what_is_seen(tiny_teacher: Path, tmp_path: Path) -> None:
     process = start(torchrun(2), tiny_teacher, tmp_path / "run", "--train_batch_size", "5")
     said = ended(process)

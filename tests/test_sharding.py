@@ -370,7 +370,13 @@ PRETENDED: dict[str, tuple[int, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "flags", "per_rank"), PRETENDED.values(), ids=PRETENDED.keys())
+@pytest.mark.parametrize(
+    ("world", "flags", "per_rank"),
+    [
+        pytest.param(*case, id=name, marks=() if name == "full" or "hybrid" in name else pytest.mark.slow)
+        for name, case in PRETENDED.items()
+    ],
+)
 def test_the_bytes_of_ranks_that_are_not_there(world: int, flags: dict[str, Any], per_rank: int) -> None:
     """Many more ranks than this machine could run, odd numbers of shards: counted on fake tensors, in bfloat16."""
     found = count(shared_rung(**flags), MODELS["dry"], world, per_rank)

@@ -62,7 +62,7 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     return [(row["loss_fake"], row["loss_student"]) for row in found]
 
 
-QUICK = ("lora, block, unify", "shared index")
+QUICK = ("shared index",)
 
 
 @pytest.mark.parametrize(
