@@ -20,6 +20,7 @@ from torch import Tensor
 from tdm_fast import cli
 from tdm_fast import pipeline as pipelines
 from tdm_fast import sample as module
+from tdm_fast.encoders import find_encoder
 from tdm_fast.models.denoiser import Conditioning, count_forwards
 from tdm_fast.models.loading import Pipeline, load_parts, load_pipeline, save_student
 from tdm_fast.models.sources import Sources
@@ -285,11 +286,7 @@ def test_parts_are_found_as_for_training(
 
 def test_both_encoders_encode_for_a_transformer_that_takes_two(tmp_path: Path) -> None:
     parts = build_parts(tmp_path)
-    config = SampleConfig(
-        model=parts / "transformer", ae_path=parts / "vae", text_encoder_name_1=str(parts / "t5"),
-        text_encoder_name_2=str(parts / "clip"),
-    )  # fmt: skip
-    files = module.sources_of(config).encoders
+    files = [find_encoder(parts / name, flag="--text_encoder_name") for name in ("t5", "clip")]
     cache = module.encode(files, ["two cats"], "", torch.device("cpu"), torch.float32)
     first, second = (each.load() for each in files)
     exact = PromptCache.encode(
