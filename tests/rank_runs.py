@@ -26,7 +26,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
     """What `function(*arguments)` returns on each of `world` ranks; fails with the first error of any."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
