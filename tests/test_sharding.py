@@ -106,7 +106,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("flags", CASES.values(), ids=CASES.keys())
 def test_two_ranks_are_one(flags: dict[str, Any], config: TrainConfig) -> None:
     """Losses, and the averaged student, of one rank and of two; the one makes no parts."""
-    config = with_flags(config, **flags)
+    config = with_flags(config, learning_rate=2e-5, **flags)
     _, alone = iterate(with_flags(config, gradient_accumulation_steps=1), Ranks(), 4)
     results = run_ranks(2, rows_of, config, 4)
     for rows, _ in results:
@@ -518,4 +518,4 @@ def test_a_students_folder_of_several_files_is_a_teacher(config: TrainConfig, tm
     assert alone[0]["loss_student"] != pytest.approx(iterate(config, Ranks(), 1)[1][0]["loss_student"], rel=1e-2)
     assert_same(run_ranks(2, rows_of, theirs, 2)[0][0], alone)
     with pytest.raises(ValueError, match=r"--lora_save adapter: .* an adapter or biases of its own .* merged would do"):
-        train(with_flags(theirs, roles="lora", lora_save="adapter"))
+        train(with_flags(theirs, roles="lora", lora_save="adapter", cfg=1.0))
