@@ -7,9 +7,9 @@ would tell a scheduler (Slurm, Kubernetes, torchrun) that the run is finished an
 Under torchrun: the agent hands SIGTERM on to its ranks, but SIGUSR1 only if it is told to: with the environment's
 `TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`, or, where torchrun has that flag and overwrites
 the variable, `--signals-to-handle` with the same list. It kills what has not ended after 30 seconds: the iteration and
-the save have to fit in there; samples that are due are left out. An agent that dies, of a signal that it does not hand on or by
-kill -9, tells its ranks nothing. They notice that they have another parent, and save and leave as if told to: nobody
-would start them again, and they would keep the folder from a run that somebody does start.
+the save have to fit in there; samples that are due are left out. An agent that dies, of a signal that it does not hand
+on or by kill -9, tells its ranks nothing. They notice that they have another parent, and save and leave as if told to:
+nobody would start them again, and they would keep the folder from a run that somebody does start.
 
 When a rank has died torchrun sends SIGTERM to the others, too. They cannot agree any more, so nobody tries to save.
 """
