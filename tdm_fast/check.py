@@ -99,10 +99,10 @@ class Table:
 
 
 def import_rows() -> Rows:
-    """Every module of the project, with all that they need; Triton's kernels need Triton, which is optional."""
+    """Every module of the project, with all that they need, but for those that need an optional package."""
     package = importlib.import_module("tdm_fast")
     names = [module.name for module in pkgutil.walk_packages(package.__path__, "tdm_fast.")]
-    names = [name for name in names if not re.search(r"^tdm_fast\.(_|kernels)", name)]
+    names = [name for name in names if not re.search(r"^tdm_fast\.(_|kernels|adamw_8bit)", name)]
     for name in names:
         row = attempt("imports", partial(_import, name), "pip install --upgrade --force-reinstall tdm-fast")
         if row.state == "failed":

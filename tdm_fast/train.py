@@ -102,7 +102,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if not sources.upstream:  # before weights are read
             check_model(config, load_empty(sources))
         teacher = load_parts(sources, empty=empty if ranks.is_main else empty | {"vae"})
-        check_model(config, teacher)
+        if sources.upstream:
+            check_model(config, teacher)
         # Now, because what is damaged must not show only when the training is over.
         yardstick = load_yardstick(teacher) if config.run.num_eval_videos and ranks.is_main else None
         with Checkpoints(config.run.output_dir, ranks, keep=config.run.checkpoints_total_limit) as store:

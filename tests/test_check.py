@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,15 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["torch"].fix == "pip install 'torch>=2.11'"
     assert found["tyro"].state == "failed" and found["torchao"].state == "warn" and found["triton"].state == "ok"
     assert found["torchao"].fix == "pip install 'tdm-fast[8bit]'"
+
+
+def test_what_optional_packages_need_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for optional in ("torchao", "triton"):
+        monkeypatch.setitem(sys.modules, optional, None)
+    for name in [name for name in sys.modules if name.startswith(("torchao.", "tdm_fast.adamw_8bit"))]:
+        monkeypatch.delitem(sys.modules, name)
+    (row,) = check.import_rows()
+    assert row.state == "ok", row.says
 
 
 def test_what_does_not_import(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

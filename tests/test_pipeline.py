@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tdm_fast.models.denoiser import count_forwards
 from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
-from tdm_fast.models.opensora_denoiser import say_unused
+from tdm_fast.notes import say_once
 from tdm_fast.philox import randn
 from tdm_fast.pipeline import OpenSoraPipeline, step_generators
 from tdm_fast.sample import SampleConfig, sample
@@ -454,7 +454,7 @@ def test_the_upstream_pipeline_if_asked_for(
 
 @torch.no_grad()
 def test_a_second_encoder_that_is_not_used_is_said_once(teacher: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    say_unused.cache_clear()
+    say_once.cache_clear()
     parts = (teacher.denoiser.model, teacher.vae, teacher.scheduler, teacher.text_encoder, teacher.tokenizer)
     pipeline = OpenSoraPipeline(*parts, teacher.text_encoder, teacher.tokenizer)
     for _ in range(2):

@@ -1,13 +1,11 @@
 """How the distillation calls an Open-Sora Plan transformer."""
 
-import functools
-import os
-import sys
 from typing import Any
 
 from torch import Tensor, nn
 
 from tdm_fast.models.denoiser import Conditioning, Denoiser
+from tdm_fast.notes import say_once
 
 SECOND_ENCODER = "encoder_2"
 
@@ -60,11 +58,9 @@ def takes_two(model: nn.Module) -> bool:
     return isinstance(channels, list | tuple) and len(channels) == 2
 
 
-@functools.cache
 def say_unused(model: str) -> None:
     """Say, once, that a second text encoder's states go nowhere."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {model} takes one text encoder's states; the second encoder is not used", file=sys.stderr)
+    say_once(f"{model} takes one text encoder's states; the second encoder is not used")
 
 
 def _text(conditioning: Conditioning, name: str) -> tuple[Tensor, Tensor | None]:

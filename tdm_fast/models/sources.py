@@ -20,6 +20,7 @@ from tdm_fast.files import content_digest, read_json
 from tdm_fast.models import registry, upstream
 from tdm_fast.models.networks import check_weights
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
+from tdm_fast.models.opensora_denoiser import say_unused
 from tdm_fast.notes import say_once
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def takes_second(transformer: Path | None, name: str) -> bool:
     channels = None if transformer is None else caption_channels(transformer)
     if isinstance(channels, list) and len(channels) > 1:
         return True
-    say_once(f"{transformer or name} takes one text encoder's states; the second encoder is not used")
+    say_unused(str(transformer or name))
     return False
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tdm_fast.models.denoiser import Conditioning
-from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
+from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, takes_two
+from tdm_fast.notes import say_once
 from tdm_fast.schedule import Schedule
 
 
@@ -57,7 +58,7 @@ def test_a_network_of_two_encoders_gets_lists() -> None:
 def test_a_network_of_one_encoder_gets_a_tensor_and_the_second_is_said_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    say_unused.cache_clear()
+    say_once.cache_clear()
     states, mask = called(Network(4), ONE)
     assert torch.equal(states, FIRST[:, None]) and torch.equal(mask, MASK[:, None])
     assert capsys.readouterr().err == ""
@@ -65,8 +66,8 @@ def test_a_network_of_one_encoder_gets_a_tensor_and_the_second_is_said_once(
         states, _ = called(Network(4), TWO)
         assert torch.equal(states, FIRST[:, None])
     assert capsys.readouterr().err == "note: Network takes one text encoder's states; the second encoder is not used\n"
-    say_unused.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setenv("RANK", "1")
     called(Network(4), TWO)
     assert capsys.readouterr().err == ""
-    say_unused.cache_clear()
+    say_once.cache_clear()
