@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -69,8 +70,9 @@ class TDMConfig:
     """Steps of the student [K]."""
     total_steps: int = 900
     """One more than the first timestep of the trajectory [T]; num_steps must divide it."""
-    nodes: tuple[int, ...] | None = None
-    """Explicit timesteps of the student's steps, descending, the first of them total_steps - 1."""
+    timesteps: tuple[int, ...] | None = None
+    """Explicit timesteps of the student's steps, descending, such as 999 856 665 399; num_steps and total_steps follow
+    from them."""
     cfg: float = 4.5
     """Guidance of the teacher; 1 is none."""
     use_huber: bool = True
@@ -111,6 +113,8 @@ class TDMConfig:
             raise ValueError(f"fake_updates is {self.fake_updates}; it must be at least 1 and below {NUM_STEPS_STREAM}")
         if self.unify is not None:
             self._check_unify(self.unify)
+        if self.timesteps is not None:
+            self._follow(self.timesteps)
         self.check()
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg is {self.cfg}; it must be a finite number (4.5 is the demo's)")
@@ -118,9 +122,26 @@ class TDMConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
+    def _follow(self, timesteps: tuple[int, ...]) -> None:
+        """Take number and start of the steps from explicit timesteps, unless other ones than the defaults are given."""
+        if not timesteps or timesteps[-1] < 0 or any(high <= low for high, low in pairwise(timesteps)):
+            raise ValueError(
+                f"timesteps are {' '.join(map(str, timesteps))}; they must descend strictly and not go below 0, such as"
+                " 999 856 665 399"
+            )
+        for name, value in (("num_steps", len(timesteps)), ("total_steps", timesteps[0] + 1)):
+            if getattr(self, name) not in (value, getattr(type(self), name)):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but by timesteps {' '.join(map(str, timesteps))} it is {value};"
+                    f" leave {name} out"
+                )
+            object.__setattr__(self, name, value)
+
     def _check_unify(self, unify: tuple[int, ...]) -> None:
-        if self.nodes is not None:
-            raise ValueError(f"unify is {unify}, but nodes {self.nodes} fix the trajectory; leave one of the two out")
+        if self.timesteps is not None:
+            raise ValueError(
+                f"unify is {unify}, but timesteps {self.timesteps} fix the trajectory; leave one of the two out"
+            )
         if not unify or len(set(unify)) < len(unify):
             raise ValueError(f"unify is {unify}; it must hold different numbers of steps, such as 1 2 4")
         if self.num_steps not in unify:
@@ -156,7 +177,7 @@ class TDMConfig:
             self.total_steps,
             separate=self.use_separate,
             randmid=self.use_randmid,
-            nodes=self.nodes,
+            nodes=self.timesteps,
             min_timestep=self.min_timestep,
             margin=self.margin,
             mid_gap=self.mid_gap,
@@ -234,7 +255,7 @@ def draw(
         "iteration": iteration,
         "separate": config.use_separate,
         "randmid": config.use_randmid,
-        "nodes": config.nodes,
+        "nodes": config.timesteps,
         "min_timestep": config.min_timestep,
         "margin": config.margin,
         "mid_gap": config.mid_gap,

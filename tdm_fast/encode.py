@@ -20,6 +20,7 @@ import torch
 from tdm_fast.config import ModelConfig
 from tdm_fast.encoders import Encoder, EncoderFiles, check_encoders, find_encoder
 from tdm_fast.models import sources
+from tdm_fast.models.families import StockFamily, family_of
 from tdm_fast.prompt_store import fill, identity
 from tdm_fast.prompts import read_prompts
 from tdm_fast.ranks import joined
@@ -101,7 +102,15 @@ def find_encoders(config: EncodeConfig) -> list[EncoderFiles]:
     folder = transformer = None
     has_teacher = config.model is not None or config.model_path is not None
     if has_teacher:
-        folder = sources.find_folder(ModelConfig(model=config.model or ModelConfig.model, model_path=config.model_path))
+        flags = ModelConfig(
+            model=config.model or ModelConfig.model,
+            model_path=config.model_path,
+            text_encoder_name_1=named,
+            text_encoder_name_2=second,
+        )
+        folder = sources.find_folder(flags)
+        if folder is not None and isinstance(family_of(folder), StockFamily):
+            return sources.Sources.of_flags(flags).encoders
         transformer = None if folder is None else sources.find_transformer(folder)
     own = {part: folder is not None and (folder / part).is_dir() for part in ("text_encoder", "text_encoder_2")}
     if named is None and not own["text_encoder"]:

@@ -112,6 +112,10 @@ class Encoder:
                 )
         return rows
 
+    def encode(self, prompts: Sequence[str], max_length: int | None = None) -> list[Tensor]:
+        """The states `[L, D]` of one batch of prompts, cut to `max_length` tokens (`limit` if None); see `states`."""
+        return self.states(self.tokenize(prompts, max_length))
+
     @torch.no_grad()
     def states(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
         """States `[L, D]` of one batch of tokenized prompts, on the CPU, in the encoder's dtype, without padding.
@@ -172,7 +176,7 @@ class EncoderFiles:
         """Load it onto the CPU, frozen. Raises ValueError for weights or a tokenizer that cannot be its."""
         cls, safe = CLASSES[self.model_type], _weights(self.model)[0].suffix == ".safetensors"
         try:
-            with _quiet():  # a whole T5's decoder is too much, and is told of weight by weight
+            with quiet():  # a whole T5's decoder is too much, and is told of weight by weight
                 model, info = cls.from_pretrained(
                     self.model, use_safetensors=safe, output_loading_info=True, dtype=dtype
                 )
@@ -193,7 +197,7 @@ class EncoderFiles:
         whole, pieces = (self.tokenizer / name for name in ("tokenizer.json", "spiece.model"))
         bare = pieces.is_file() and not whole.is_file()
         try:
-            with _quiet():
+            with quiet():
                 return (T5Tokenizer if bare else AutoTokenizer).from_pretrained(self.tokenizer)
         except (ValueError, OSError, ImportError, KeyError) as error:
             raise ValueError(
@@ -309,7 +313,7 @@ def _in_folder(folder: Path, name: str, flag: str, kind: Kind | None, tokenizer:
             f"{here}: {tokens} holds no tokenizer; a model needs its own, which is {', '.join(VOCABULARIES)} with what"
             " goes with it"
         )
-    _check_weights(model, here)
+    check_files(model, here)
     return EncoderFiles(name, flag, model, tokens, model_type)
 
 
@@ -330,8 +334,11 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
-def _check_weights(folder: Path, here: str) -> None:
-    """Refuse a model whose files of weights are not all there and whole. Reads headers only."""
+def check_files(folder: Path, here: str) -> None:
+    """Refuse a text encoder whose files of weights are not all there and whole; reads headers only.
+
+    `here` is what the message begins with.
+    """
     files = _weights(folder)
     if not files:
         raise ValueError(f"{here}: {folder} holds no weights; it takes model*.safetensors or pytorch_model*.bin")
@@ -424,7 +431,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' warnings back: what matters of them is checked here."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()

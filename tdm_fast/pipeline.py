@@ -66,6 +66,14 @@ def choose_timesteps(pipeline: Pipeline, num_steps: int | None, *, flag: str = "
     return list(pipeline.timesteps)
 
 
+def check_num_steps(num_inference_steps: int | None, scheduler: Any) -> int:
+    """A scheduler's number of steps, 50 if None. Raises ValueError for one that it cannot take."""
+    steps, most = 50 if num_inference_steps is None else num_inference_steps, scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise ValueError(f"num_inference_steps is {steps}; it takes 1 to {most}")
+    return steps
+
+
 class OpenSoraPipeline(DiffusionPipeline):
     """Open-Sora Plan's text-to-video pipeline for the transformer and the VAE of this project.
 
@@ -118,6 +126,7 @@ class OpenSoraPipeline(DiffusionPipeline):
             None if second is None else second.model,
             None if second is None else second.tokenizer,
         )
+        assert isinstance(model.denoiser, OpenSoraDenoiser)
         pipeline.denoiser = model.denoiser
         pipeline.student = model if scheduler is None and model.timesteps is not None else None
         return pipeline
@@ -339,10 +348,7 @@ class OpenSoraPipeline(DiffusionPipeline):
             timesteps = choose_timesteps(self.student, num_inference_steps, flag="num_inference_steps")
         if timesteps is not None:
             return FewStepSampler(self.denoiser.schedule, timesteps)
-        steps, known = 50 if num_inference_steps is None else num_inference_steps, self.scheduler.config
-        if not 1 <= steps <= known.num_train_timesteps:
-            raise ValueError(f"num_inference_steps is {steps}; it takes 1 to {known.num_train_timesteps}")
-        self.scheduler.set_timesteps(steps)
+        self.scheduler.set_timesteps(check_num_steps(num_inference_steps, self.scheduler))
         return self.scheduler
 
     def _noise(

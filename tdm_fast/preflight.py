@@ -119,7 +119,7 @@ def part_rows(
     if found.value is None or any(check.row.state == "failed" for check in checks):
         return
     teacher = found.value
-    yield find("trajectory", "--num_steps, --total_steps, --nodes", lambda: config.tdm.check(teacher.schedule)).row
+    yield find("trajectory", "--num_steps, --total_steps, --timesteps", lambda: config.tdm.check(teacher.schedule)).row
     shapes = find("latents", "--video_sizes that divide", lambda: latent_shapes(config, teacher), _listed)
     yield shapes.row
     if config.run.num_eval_videos:
@@ -205,7 +205,7 @@ def _place(sources: Sources, part: str, _: object) -> str:
 def _size(teacher: Pipeline) -> str:
     numel = sum(parameter.numel() for parameter in teacher.denoiser.parameters())
     frames, height, width = teacher.video_shape
-    return f"a transformer of {numel / 1e6:,.0f} million parameters; videos of {frames}x{height}x{width}"
+    return f"a network of {numel / 1e6:,.0f} million parameters; videos of {frames}x{height}x{width}"
 
 
 def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
@@ -303,7 +303,7 @@ def _disk(config: TrainConfig, sources: Sources, teacher: Pipeline, device: torc
     copied = [
         path
         for part in sources.folders
-        if part != "transformer" and part.replace("tokenizer", "text_encoder") not in awaited
+        if part != sources.family.part and part.replace("tokenizer", "text_encoder") not in awaited
         for path in sources.files_of(part)
         if path.stat().st_dev != there.stat().st_dev  # else they are linked
     ]

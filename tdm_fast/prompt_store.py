@@ -207,7 +207,7 @@ def _encode(
         batch = [texts[i] for i in unit]
         keys += map(key_of, batch)
         for encoder, rows in zip(encoders, states, strict=True):
-            made = encoder.states(encoder.tokenize(batch))
+            made = encoder.encode(batch)
             held += sum(row.nbytes for row in made)
             rows += made
         if held >= SHARD_BYTES or time.monotonic() - began >= SHARD_SECONDS:

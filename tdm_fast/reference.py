@@ -78,12 +78,12 @@ def _draw_one(config: TDMConfig, words: list[int]) -> tuple[int, int, int, int]:
 
     big_k, big_t = config.num_steps, config.total_steps
     k = 1 + below(words[0], big_k)
-    if config.nodes is None:
+    if config.timesteps is None:
         t_gen = k * big_t // big_k - 1
         t_mid = t_gen - big_t // big_k + 1
     else:
-        t_gen = config.nodes[big_k - k]
-        t_mid = config.nodes[big_k - k + 1] + 1 if k > 1 else 0
+        t_gen = config.timesteps[big_k - k]
+        t_mid = config.timesteps[big_k - k + 1] + 1 if k > 1 else 0
     if config.use_randmid:
         t_mid += below(words[1], t_gen - config.mid_gap - t_mid)
     low = max(config.min_timestep, t_mid)

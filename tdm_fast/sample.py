@@ -16,6 +16,7 @@ from tyro.conf import arg
 
 from tdm_fast.config import BUNDLED_TEACHER, ModelConfig
 from tdm_fast.encoders import EncoderFiles
+from tdm_fast.models.families import OPENSORA
 from tdm_fast.models.loading import Pipeline, load_metrics, load_parts
 from tdm_fast.models.sources import Sources
 from tdm_fast.philox import randn
@@ -29,6 +30,7 @@ from tdm_fast.pipeline import (
 from tdm_fast.prompts import read_prompts
 from tdm_fast.samplers import FEW_STEP, make_scheduler
 from tdm_fast.step import resolve_device
+from tdm_fast.stock_pipeline import StockSampler, default_guidance
 from tdm_fast.text import PromptCache
 from tdm_fast.video import SUFFIXES, captioned, enlarge, enlargement, grid, to_uint8, write_video
 
@@ -53,19 +55,24 @@ def generate(
     the chunk size does not matter: up to 48, and a single one of large clips, if not given. Computed on the pipeline's
     device, with autocast to a `dtype` other than float32, and returned as float32 on the CPU.
     """
-    sampler = OpenSoraPipeline.of(pipeline)
+    sampler = sampler_of(pipeline)
     sampler.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {"timesteps": timesteps, "guidance_scale": guidance, "seed": seed}
     return in_batches(sampler, cache, indices, chosen_batch(sampler, batch_size), dtype, **arguments)
 
 
-def chosen_batch(pipeline: OpenSoraPipeline, batch_size: int | None) -> int:
+def sampler_of(model: Pipeline, scheduler: Any = None) -> OpenSoraPipeline | StockSampler:
+    """What makes videos with a model: this project's pipeline for Open-Sora Plan, diffusers' for its families."""
+    return (OpenSoraPipeline.of if model.family is OPENSORA else StockSampler)(model, scheduler)
+
+
+def chosen_batch(pipeline: OpenSoraPipeline | StockSampler, batch_size: int | None) -> int:
     """`batch_size`, or if not given up to 48, as many as are made at once of the pipeline's own size."""
     return min(MOST_AT_ONCE, videos_at_once(pipeline.video_shape)) if batch_size is None else batch_size
 
 
 def in_batches(
-    pipeline: OpenSoraPipeline,
+    pipeline: OpenSoraPipeline | StockSampler,
     cache: PromptCache,
     indices: Sequence[int],
     batch_size: int,
@@ -149,12 +156,12 @@ class SampleConfig:
 
 
 def best_guidance(pipeline: Pipeline, num_steps: int) -> float:
-    """1 for a student; a teacher's measured best, at few steps or at many; 7.5 where none is known."""
+    """1 for a student; a teacher's measured best, at few steps or at many; its pipeline's where none is known."""
     if not pipeline.sources.knows_null_prompt:
         return 1.0
     metrics = load_metrics(pipeline.folder)
     if metrics is None:
-        return UNMEASURED_GUIDANCE
+        return UNMEASURED_GUIDANCE if pipeline.family is OPENSORA else default_guidance(pipeline)
     return float(metrics["teacher_few_step" if num_steps <= 8 else "teacher"]["guidance"])
 
 
@@ -221,6 +228,7 @@ def sample(config: SampleConfig) -> None:
         pipeline.enable_vae_tiling()
     batch_size = chosen_batch(pipeline, config.batch_size)
     if cache is None:
+        assert isinstance(pipeline, OpenSoraPipeline)
         chunks = with_upstream(pipeline, prompts, config, batch_size, dtype, arguments)
     else:
         pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only where someone can watch it
@@ -233,19 +241,22 @@ def sample(config: SampleConfig) -> None:
     print(f"{config.output}: {len(clips)} video(s), {steps} steps, guidance {guidance:g}")
 
 
-def prepare(model: Pipeline, config: SampleConfig) -> tuple[OpenSoraPipeline, dict[str, Any]]:
+def prepare(model: Pipeline, config: SampleConfig) -> tuple[OpenSoraPipeline | StockSampler, dict[str, Any]]:
     """What makes the videos, and the arguments of its calls; the model's networks may still be without weights.
 
     Raises ValueError for a scheduler or a number of steps that the model cannot take.
     """
     few_step = config.scheduler == FEW_STEP
-    pipeline = OpenSoraPipeline.of(model, None if few_step else make_scheduler(config.scheduler, model.scheduler))
+    pipeline = sampler_of(model, None if few_step else make_scheduler(config.scheduler, model.scheduler))
     timesteps = choose_timesteps(model, config.num_steps) if few_step else None
     num_steps = len(pipeline.sampler(config.num_steps, timesteps).timesteps)
+    guidance = best_guidance(model, num_steps) if config.guidance is None else config.guidance
+    if isinstance(pipeline, StockSampler):
+        pipeline.check(guidance, config.guidance_rescale)
     return pipeline, {
         "num_inference_steps": num_steps,
         "timesteps": timesteps,
-        "guidance_scale": best_guidance(model, num_steps) if config.guidance is None else config.guidance,
+        "guidance_scale": guidance,
         "guidance_rescale": config.guidance_rescale,
     }
 
@@ -260,9 +271,9 @@ def encode(
     """The prompts by one or two text encoders, which are in memory no longer than that."""
     loaded = [files.load(dtype) for files in encoders]
     warn_unknown_words(loaded[0].tokenizer, prompts)
-    parts = [(encoder.tokenizer, encoder.model.to(device)) for encoder in loaded]
-    second = {"tokenizer_2": parts[1][0], "encoder_2": parts[1][1]} if len(parts) > 1 else {}
-    return PromptCache.encode(prompts, *parts[0], negative_prompt=negative_prompt, **second)
+    for encoder in loaded:
+        encoder.model.to(device)
+    return PromptCache.encode_with(loaded, prompts, negative_prompt=negative_prompt)
 
 
 def prompts_of(config: SampleConfig) -> list[str]:
@@ -309,6 +320,8 @@ def with_upstream(
 def warn_unknown_words(tokenizer: Any, prompts: Sequence[str]) -> None:
     """Say once which words of the prompts the tokenizer does not know; a word-level one reads them all as the same."""
     unknown = tokenizer.unk_token_id
+    if unknown in tokenizer("").input_ids:  # CLIP's is the one that ends every prompt
+        return
     words = {word for prompt in prompts for word in prompt.split()}
     odd = sorted(word for word in words if unknown in tokenizer(word).input_ids)
     if odd:

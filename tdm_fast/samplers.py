@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from tdm_fast.files import read_json
 from tdm_fast.models.denoiser import Conditioning, Denoiser
+from tdm_fast.models.sources import SAMPLER_FILE, Sources
 from tdm_fast.ops import ode_step
 from tdm_fast.schedule import Schedule, compute_dtype
 
@@ -26,6 +32,8 @@ SCHEDULERS = {
 """Names of samplers to diffusers' schedulers for models with betas."""
 FLOW_SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler"}
 """The same for rectified flow."""
+COGVIDEOX_SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler"}
+"""The same for models whose noise levels no other scheduler has."""
 
 
 def trailing_timesteps(num_steps: int, num_train_timesteps: int) -> list[int]:
@@ -55,6 +63,55 @@ class FewStepSampler:
         return (ode_step(sample, model_output, schedule=self.schedule, t=t, t_next=t_next),)
 
 
+class FewStepScheduler(FewStepSampler):
+    """The same in the pipelines of diffusers, which tell networks what `timesteps` holds.
+
+        pipeline = DiffusionPipeline.from_pretrained("runs/student")
+        pipeline.scheduler = FewStepScheduler.from_pretrained("runs/student")
+        pipeline(prompt, num_inference_steps=4, guidance_scale=1)
+
+    `config` is that of the scheduler that it takes the place of.
+    """
+
+    order = 1
+
+    def __init__(self, schedule: Schedule, timesteps: Sequence[int], config: Any = None) -> None:
+        super().__init__(schedule, timesteps)
+        self.config = FrozenDict({**(config or {}), "use_dynamic_shifting": False})
+        self._nodes = list(timesteps)
+        self._told = schedule.timesteps[self.timesteps].tolist()
+        self.sigmas = schedule.sigma[self.timesteps]
+        self.timesteps = schedule.timesteps[self.timesteps]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> FewStepScheduler:
+        """That of a student's folder. Raises ValueError for a folder that holds none."""
+        path = Path(folder) / SAMPLER_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {SAMPLER_FILE}; it takes a student's folder, which names its timesteps")
+        own = Sources.of_folder(Path(folder)).scheduler_object()
+        return cls(Schedule.from_scheduler(own), read_json(path, "timesteps")["timesteps"], own.config)
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
+        """Move `timesteps` to a device. Raises ValueError for another number of steps than there are."""
+        if num_inference_steps not in (None, len(self._nodes)):
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; the student has {len(self._nodes)} steps")
+        self.timesteps = self.timesteps.to(device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Nothing to set: where a step is, is told by its timestep."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Networks are given the latents as they are."""
+        return sample
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
+        """As `FewStepSampler.step`, from one of `timesteps`; `.prev_sample`, or a tuple without `return_dict`."""
+        node = self._nodes[self._told.index(float(timestep))]
+        (latents,) = super().step(model_output, torch.tensor(node), sample)
+        return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
+
+
 def make_scheduler(name: str, own: Any) -> Any:
     """The diffusers scheduler of a `SCHEDULERS` name, for a model that was trained with the scheduler `own`.
 
@@ -63,6 +120,8 @@ def make_scheduler(name: str, own: Any) -> Any:
     and for a scheduler that does not know `own`'s noise levels.
     """
     names = FLOW_SCHEDULERS if Schedule.from_scheduler(own).prediction_type == "flow" else SCHEDULERS
+    if type(own).__name__.startswith("CogVideoX"):
+        names = COGVIDEOX_SCHEDULERS
     if name not in names:
         raise ValueError(
             f"--scheduler {name}: the model was trained with a {type(own).__name__}; it takes"
@@ -70,7 +129,8 @@ def make_scheduler(name: str, own: Any) -> Any:
         )
     cls = getattr(diffusers, names[name])
     unclipped = {"clip_sample": False} if "clip_sample" in inspect.signature(cls.__init__).parameters else {}
-    scheduler = cls.from_config(own.config, **unclipped)
+    shift = {"shift": own.config["flow_shift"]} if names is FLOW_SCHEDULERS and "flow_shift" in own.config else {}
+    scheduler = cls.from_config(own.config, **unclipped, **shift)
     # Not the last one, where a sampler may keep a little signal of a schedule that ends without any. What `scheduler`
     # has in its config says nothing: from_config also records what the class ignores.
     if names is SCHEDULERS and (scheduler.alphas_cumprod - own.alphas_cumprod)[:-1].abs().max() > 1e-4:

@@ -41,13 +41,19 @@ def encode_prompts(
 
     What exceeds `max_length` tokens, 512 for a T5 and 77 for a CLIP if not given, is cut off and said once.
     """
-    whole = Encoder.of(tokenizer, encoder)
-    tokens = whole.tokenize(prompts, max_length)
-    if note := cut_note(prompts, [len(row) for row in tokens], whole, max_length):
+    return encode_with(Encoder.of(tokenizer, encoder), prompts, batch_size=batch_size, max_length=max_length)
+
+
+def encode_with(
+    encoder: Encoder, prompts: Sequence[str], *, batch_size: int = 64, max_length: int | None = None
+) -> list[Tensor]:
+    """`encode_prompts` by an encoder with its tokenizer."""
+    lengths = [len(row) for row in encoder.tokenize(prompts, max_length)]
+    if note := cut_note(prompts, lengths, encoder, max_length):
         print(note, file=sys.stderr)
     rows: dict[int, Tensor] = {}
-    for batch in batches([len(row) for row in tokens], batch_size):
-        states = whole.states([tokens[i] for i in batch])
+    for batch in batches(lengths, batch_size):
+        states = encoder.encode([prompts[i] for i in batch], max_length)
         rows |= {i: state.float() for i, state in zip(batch, states, strict=True)}
     return [rows[i] for i in range(len(prompts))]
 
@@ -148,10 +154,19 @@ class PromptCache:
         encoder_2: Any = None,
     ) -> PromptCache:
         """Encode prompts and the negative prompt, in memory; with a second encoder for it as well."""
-        *rows, negative = encode_prompts([*prompts, negative_prompt], tokenizer, encoder)
-        if encoder_2 is None:
+        encoders = [Encoder.of(tokenizer, encoder)]
+        encoders += [] if encoder_2 is None else [Encoder.of(tokenizer_2, encoder_2)]
+        return cls.encode_with(encoders, prompts, negative_prompt=negative_prompt)
+
+    @classmethod
+    def encode_with(
+        cls, encoders: Sequence[Encoder], prompts: Sequence[str], *, negative_prompt: str = ""
+    ) -> PromptCache:
+        """`encode` by one or two encoders with their tokenizers."""
+        *rows, negative = encode_with(encoders[0], [*prompts, negative_prompt])
+        if len(encoders) == 1:
             return cls(tuple(prompts), tuple(rows), negative)
-        *second, negative_2 = encode_prompts([*prompts, negative_prompt], tokenizer_2, encoder_2)
+        *second, negative_2 = encode_with(encoders[1], [*prompts, negative_prompt])
         return cls(tuple(prompts), tuple(rows), negative, tuple(second), negative_2)
 
 

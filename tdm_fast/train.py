@@ -44,6 +44,7 @@ from tdm_fast.metering import (
     speed,
 )
 from tdm_fast.models import upstream
+from tdm_fast.models.families import OPENSORA
 from tdm_fast.models.loading import Pipeline, load_empty, load_parts
 from tdm_fast.models.sources import Sources
 from tdm_fast.preemption import Preempted, Preemption
@@ -207,6 +208,7 @@ def run(
         weights=found_student.weights,
         lora_save=config.run.lora_save,
         base=found_student.base,
+        size=None if teacher.family is OPENSORA else teacher.family.time_and_space(teacher.latent_shape),
     )
     if empty:  # it is looked at beside the student
         teacher = load_parts(teacher.sources, empty={"text_encoder"}).to(ranks.device)

@@ -60,7 +60,7 @@ def test_the_package_is_the_command(name: str) -> None:
 
 def test_the_flags_of_train_are_explained(show: Show) -> None:
     text = show("train", "--help")[1].replace("-", "_")
-    for flag in ("cfg", "use_huber", "resume_from_checkpoint", "checkpoints_total_limit", "nodes", "prompts", "config"):
+    for flag in ("cfg", "use_huber", "resume_from_checkpoint", "checkpoints_total_limit", "timesteps", "prompts", "config"):
         assert f"__{flag}" in text
 
 
@@ -78,7 +78,7 @@ def test_the_flags_of_train_are_explained(show: Show) -> None:
         ("train --num_steps 7", "num_steps"),
         ("train --total_steps 40 --num_steps 4", "total_steps"),
         ("train --total_steps 1100", "total_steps.*1100"),
-        ("train --nodes 999 1000 399", "nodes"),
+        ("train --timesteps 999 1000 399", "timesteps"),
         ("train --train_batch_size 0", "--train_batch_size 0: it takes a whole number from 1 up"),
         ("train --config no.yaml", "--config no.yaml: no such file"),
         ("train --model no/folder", "no/folder: no such folder"),

@@ -60,10 +60,10 @@ def test_flags_override_the_file(parse) -> None:
 
 def test_lists_and_null(parse) -> None:
     nodes = [999, 856, 665, 399]
-    config = parse(nodes=nodes, total_steps=1000, checkpoints_total_limit=None, student_learning_rate=None)
-    assert config.tdm.nodes == tuple(nodes)
+    config = parse(timesteps=nodes, total_steps=1000, checkpoints_total_limit=None, student_learning_rate=None)
+    assert config.tdm.timesteps == tuple(nodes)
     assert config.run.checkpoints_total_limit is None and config.optimiser.student_learning_rate is None
-    assert parse("--nodes", "None", "--total_steps", "900", nodes=nodes, total_steps=1000).tdm.nodes is None
+    assert parse("--timesteps", "None", "--total_steps", "900", timesteps=nodes, total_steps=1000).tdm.timesteps is None
     assert parse("--checkpoints_total_limit", "None").run.checkpoints_total_limit is None
 
 
@@ -72,7 +72,7 @@ def test_lists_and_null(parse) -> None:
     [
         [],
         DEMO,
-        ["--nodes", "999", "856", "665", "399", "--total_steps", "1000", "--prompts", "a file", "--no-use_separate"],
+        ["--timesteps", "999", "856", "665", "399", "--total_steps", "1000", "--prompts", "a file", "--no-use_separate"],
         ["--negative_prompt", "blurry, ugly", "--checkpoints_total_limit", "None", "--no-use_ema"],
     ],
 )

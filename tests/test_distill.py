@@ -157,8 +157,8 @@ def test_both_methods_agree_and_the_forwards_are_counted(
         {"use_huber": False},
         {"importance_weight": False},
         {"cfg": 1.0, "snr_gamma": 0.1},
-        {"nodes": (999, 856, 665, 399), "total_steps": 1000},
-        {"nodes": (999, 856, 665, 399), "total_steps": 1000, "use_randmid": True, "use_separate": False},
+        {"timesteps": (999, 856, 665, 399), "total_steps": 1000},
+        {"timesteps": (999, 856, 665, 399), "total_steps": 1000, "use_randmid": True, "use_separate": False},
         {"min_timestep": 50, "margin": 3, "mid_gap": 70, "use_randmid": True},
     ],
     ids=str,
@@ -237,7 +237,7 @@ DRAW_CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", DRAW_CASES, ids=str)
 def test_draws_are_the_plain_loops(nodes: tuple[int, ...] | None, change: dict[str, Any]) -> None:
     total_steps = 900 if nodes is None else 1000
-    config = TDMConfig(total_steps=total_steps, nodes=nodes, seed=2**40 + 5, **change)
+    config = TDMConfig(total_steps=total_steps, timesteps=nodes, seed=2**40 + 5, **change)
     fast, plain = distill.draw(config, 33, 5, 7), reference.draw(config, 33, 5, 7)
     part = distill.draw(config, 3, 5, 9, global_batch_size=40)
     for left, right, few in zip(
@@ -440,7 +440,7 @@ def test_half_precision_networks_give_finite_float32_losses() -> None:
     [
         ({"total_steps": 902}, r"does not divide total_steps 902; 900 or 904"),
         ({"num_steps": 45}, r"has no timestep left"),
-        ({"nodes": (399, 665), "num_steps": 2}, r"must descend"),
+        ({"timesteps": (399, 665), "num_steps": 2}, r"must descend"),
         ({"cfg": math.inf}, r"cfg is inf"),
         ({"huber_c": 0.0}, r"huber_c is 0.0"),
         ({"snr_gamma": math.nan}, r"snr_gamma is nan"),
@@ -451,7 +451,7 @@ def test_half_precision_networks_give_finite_float32_losses() -> None:
         ({"unify": (1, 2)}, r"num_steps is 4, which unify \(1, 2\) does not train; it must be one of 1, 2"),
         ({"unify": (4, 7)}, r"num_steps is 7, which does not divide total_steps 900"),
         ({"unify": (4, 45)}, r"\(900, 45\).*no timestep left"),
-        ({"unify": (4,), "nodes": (999, 856, 665, 399), "total_steps": 1000}, r"unify is \(4,\), but nodes"),
+        ({"unify": (4,), "timesteps": (999, 856, 665, 399), "total_steps": 1000}, r"unify is \(4,\), but timesteps"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:

@@ -20,9 +20,11 @@ from tdm_fast.encoders import EncoderFiles, check_encoders
 from tdm_fast.files import read_json, whole_folder
 from tdm_fast.models import registry, upstream
 from tdm_fast.models.networks import check_tensors, check_weights, empty_network, load_network
+from tdm_fast.models.denoiser import Denoiser
+from tdm_fast.models.families import OPENSORA, Family, StockFamily
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
-from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, takes_two
-from tdm_fast.models.sizes import AXES, latent_size, latents_of, units
+from tdm_fast.models.opensora_denoiser import takes_two
+from tdm_fast.models.sizes import SIZE_FLAGS, latent_size, latents_of
 from tdm_fast.models.sources import SAMPLER_FILE, Sources, caption_channels
 from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.notes import say_once
@@ -68,13 +70,15 @@ class Pipeline:
     """One model ready to sample: the denoiser with its schedule, the VAE, the text encoder and its own timesteps."""
 
     sources: Sources
-    denoiser: OpenSoraDenoiser
+    denoiser: Denoiser
     vae: VAEWrapper
     tokenizer: Any
     """None, as the text encoder, where it has been left out."""
     text_encoder: nn.Module | None
     scheduler: Any
     """Of diffusers; the denoiser's schedule is its noise levels."""
+    latent_shape: tuple[int, ...]
+    """`(C, T, H, W)`, or of images `(C, H, W)`, of its latents, whoever has decided their size."""
     weights: Weights | None
     """The denoiser's, for one that is loaded without them; None where no folder has any."""
     timesteps: tuple[int, ...] | None
@@ -94,10 +98,14 @@ class Pipeline:
         return self.denoiser.schedule
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """`(C, T, H, W)` of the latents that the transformer's config names as its own size."""
-        config: Any = self.denoiser.model.config
-        return (config.in_channels, config.sample_size_t, config.sample_size_h, config.sample_size_w)
+    def family(self) -> Family:
+        """What kind of model it is."""
+        return self.sources.family
+
+    @property
+    def config(self) -> Any:
+        """The network's."""
+        return self.denoiser.model.config
 
     @property
     def has_own_size(self) -> bool:
@@ -105,7 +113,10 @@ class Pipeline:
         if self.sources.transformer is None:
             return False
         config = read_json(self.sources.transformer / "config.json")
-        return self.latent_shape[1:] == tuple(config.get(f"sample_size_{axis}") for axis in AXES)
+        try:
+            return self.family.time_and_space(self.latent_shape) == self.family.own_size(config)
+        except KeyError:
+            return False
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +132,8 @@ class Pipeline:
     @property
     def encoders(self) -> list[EncoderFiles]:
         """The text encoders that the transformer takes, one or two, as files."""
+        if self.family is not OPENSORA:
+            return self.sources.encoders
         return self.sources.encoders[: 2 if takes_two(self.denoiser.model) else 1]
 
     def load_text_encoder(self) -> None:
@@ -134,17 +147,20 @@ class Pipeline:
 
         Raises ValueError, with the nearest sizes that would do, for one that VAE and patches do not divide.
         """
-        config: Any = self.denoiser.model.config
         lengths = [int(number) for number in size.split("x")]
-        axes = units(self.vae.strides, config.patch_size)
-        return (config.in_channels, *latents_of(lengths, axes, f"--video_sizes {size}"))
+        axes = self.family.axes(self.config, self.vae.strides)
+        return self.family.latent_shape(self.config, latents_of(lengths, axes, f"--video_sizes {size}"))
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
-        """`(T, H, W)` of the videos that the VAE makes of such latents, in frames and pixels."""
-        config: Any = self.denoiser.model.config
-        axes = units(self.vae.strides, config.patch_size)
-        frames, height, width = (unit.pixels(size) for unit, size in zip(axes, self.latent_shape[1:], strict=True))
+        """`(T, H, W)` of the videos that the VAE makes of such latents, in frames and pixels; T = 1 of images."""
+        return self.video_shape_of(self.latent_shape)
+
+    def video_shape_of(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """The same of latents of this shape."""
+        axes = self.family.axes(self.config, self.vae.strides)
+        sizes = self.family.time_and_space(latent_shape)
+        frames, height, width = (unit.pixels(size) for unit, size in zip(axes, sizes, strict=True))
         return frames, height, width
 
     @torch.no_grad()
@@ -185,8 +201,13 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     asked for.
     """
     scheduler = sources.scheduler_object()
-    schedule = Schedule.from_scheduler(scheduler)
+    try:
+        schedule = Schedule.from_scheduler(scheduler)
+    except ValueError as error:
+        raise ValueError(f"{sources.scheduler}: {error}") from error
     own = _few_step(sources.folder, schedule.num_train_timesteps)
+    if isinstance(sources.family, StockFamily):
+        return _load_stock(sources, sources.family, empty, scheduler, schedule, own)
     vae = registry.load_vae(None, sources.vae, empty=True)
     if sources.transformer is not None:
         _check_fit(sources, sources.transformer, vae)
@@ -199,7 +220,7 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     if "transformer" not in empty:
         for name, (up, down) in products.items():
             transformer.get_parameter(name).add_(up @ down)
-    denoiser = OpenSoraDenoiser(transformer, schedule)
+    denoiser = OPENSORA.denoiser(transformer, schedule)
     biases, replaced = {}, {}
     if own.trajectories:
         biases = _load_biases(sources.folder, own.trajectories, denoiser.time_embedding())
@@ -212,6 +233,7 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
         tokenizer=None,
         text_encoder=None,
         scheduler=scheduler,
+        latent_shape=OPENSORA.latent_shape(transformer.config, OPENSORA.own_size(transformer.config)),
         weights=None if sources.transformer is None else Weights(sources.transformer, products, replaced),
         timesteps=own.timesteps,
         trajectories=own.trajectories,
@@ -224,9 +246,57 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     return pipeline
 
 
+def _load_stock(
+    sources: Sources, family: StockFamily, empty: Collection[str], scheduler: Any, schedule: Schedule, own: FewStep
+) -> Pipeline:
+    """`load_parts` of one of diffusers' families; its text encoders are loaded when they are asked for."""
+    folder = sources.transformer
+    assert folder is not None
+    vae = family.wrap(empty_network(sources.vae, family.vae))
+    config = family.network.load_config(folder)
+    if config["in_channels"] != vae.channels:
+        raise ValueError(
+            f"{folder}: it takes latents of in_channels={config['in_channels']} but the VAE in {sources.vae} decodes"
+            f" {vae.channels} channels; the two are not of one model"
+        )
+    for check in weight_checks(sources).values():
+        check()
+    axes = family.axes(config, vae.strides)
+    size = list(own.size or family.own_size(config))
+    for axis, (flag, asked) in enumerate(zip(SIZE_FLAGS, sources.size, strict=True)):
+        if asked is not None:
+            size[axis] = axes[axis].latents(asked, f"--{flag} is {asked}")
+    network = (empty_network if "transformer" in empty else load_network)(folder, family.network)
+    network.requires_grad_(False).eval()
+    if "vae" not in empty:
+        vae = family.wrap(load_network(sources.vae, family.vae))
+    vae.requires_grad_(False).eval()
+    products = {} if own.adapter is None else _adapter(network, sources.folder / own.adapter, f"{family.part}.")
+    if "transformer" not in empty:
+        for name, (up, down) in products.items():
+            weight = network.get_parameter(name)
+            weight.add_((up @ down).view_as(weight))
+    return Pipeline(
+        sources=sources,
+        denoiser=family.denoiser(network, schedule),
+        vae=vae,
+        tokenizer=None,
+        text_encoder=None,
+        scheduler=scheduler,
+        latent_shape=family.latent_shape(config, size),
+        weights=Weights(folder, products),
+        timesteps=own.timesteps,
+    )
+
+
 def weight_checks(sources: Sources) -> dict[str, Callable[[], None]]:
     """What raises ValueError for a network's weights that are not all of it, by their headers; by the part's name."""
     checks: dict[str, Callable[[], None]] = {}
+    if isinstance(family := sources.family, StockFamily):
+        assert sources.transformer is not None
+        checks[family.part] = partial(check_tensors, sources.transformer, family.network, others=True)
+        checks["vae"] = partial(check_weights, sources.vae)  # old ones have names that diffusers translates
+        return checks | {"text_encoder": sources.encoder.check_tensors}
     if sources.transformer is not None and not sources.upstream:
         checks["transformer"] = partial(_check_transformer, sources.transformer)
     checks["vae"] = partial(check_tensors, sources.vae, registry.vae_class(sources.vae))
@@ -298,6 +368,7 @@ class FewStep(NamedTuple):
     timesteps: tuple[int, ...] | None
     trajectories: dict[int, tuple[int, ...]]
     adapter: str | None
+    size: tuple[int, ...] | None = None
 
 
 def _few_step(folder: Path, num_train_timesteps: int) -> FewStep:
@@ -325,7 +396,11 @@ def _few_step(folder: Path, num_train_timesteps: int) -> FewStep:
         )
     if adapter is not None and (not isinstance(adapter, str) or Path(adapter).name != adapter):
         raise ValueError(f"{path} is damaged: its adapter is {adapter}; it is the name of a file beside it")
-    return FewStep(nodes(settings["timesteps"]), {int(key): nodes(several[key]) for key in several}, adapter)
+    size = settings.get("size")
+    if size is not None and not (isinstance(size, list) and len(size) == 3 and all(type(n) is int for n in size)):
+        raise ValueError(f"{path} is damaged: its size is {size}; it is [T, H, W] of its latents")
+    known = {int(key): nodes(several[key]) for key in several}
+    return FewStep(nodes(settings["timesteps"]), known, adapter, None if size is None else tuple(size))
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -348,17 +423,17 @@ def _load_biases(folder: Path, known: Mapping[int, object], linear: nn.Linear) -
     return {k: biases[str(k)] for k in known}
 
 
-def _adapter(transformer: nn.Module, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _adapter(transformer: nn.Module, path: Path, prefix: str = "transformer.") -> dict[str, tuple[Tensor, Tensor]]:
     """An adapter's file as `Weights.products` of a network. Raises ValueError when the file is of another network."""
     # A bias in it says what the biases of the student's own file say.
     tensors = {name: value for name, value in _load_tensors(path).items() if not name.endswith(".bias")}
-    paths = {name.split(".lora_")[0].removeprefix("transformer.") for name in tensors}
+    paths = {name.split(".lora_")[0].removeprefix(prefix) for name in tensors}
     modules = dict(transformer.named_modules())
     if not paths or (odd := sorted(paths - modules.keys())):
         raise ValueError(f"{path} is of another network: it adapts {odd[0] if paths else 'nothing'}")
     products = {}
     for name in sorted(paths):
-        halves = [tensors.get(f"transformer.{name}.lora_{half}.weight", torch.empty(0)) for half in "BA"]
+        halves = [tensors.get(f"{prefix}{name}.lora_{half}.weight", torch.empty(0)) for half in "BA"]
         up, down = halves
         weight: Any = modules[name].weight
         if (*up.shape, *down.shape) != (weight.shape[0], up.shape[-1], up.shape[-1], *weight.shape[1:]):
@@ -393,11 +468,12 @@ def save_student(
     biases: Mapping[int, Tensor] | None = None,
     files: Mapping[str, bytes] | None = None,
     adapter: str | None = None,
+    size: Sequence[int] | None = None,
 ) -> None:
     """Write a student that samples by itself: its transformer, the teacher's other parts, the nodes of its trajectory.
 
     With an `adapter`, one of `files` (name and content), the weights are the teacher's, into which it is merged at
-    loading, and `transformer` says the config alone. For a student of several numbers of steps `timesteps` are the
+    loading, and `transformer` says the config alone. `size` is `(T, H, W)` of its latents where no config says it. For a student of several numbers of steps `timesteps` are the
     nodes of each, and `biases` `[d]` what makes it the one of each. The teacher's weights are linked where that is
     possible. Written beside and renamed when whole. Raises SaveError when it cannot be written.
     """
@@ -409,8 +485,11 @@ def save_student(
         settings["num_steps"] = {str(k): list(timesteps[k]) for k in sorted(timesteps)}
     if adapter is not None:
         settings["adapter"] = adapter
+    if size is not None:
+        settings["size"] = list(size)
+    part = sources.family.part
     with whole_folder(folder) as partial:
-        sources.save(partial, [part for part in sources.folders if part != "transformer" or adapter is not None])
+        sources.save(partial, [name for name in sources.folders if name != part or adapter is not None])
         (partial / SAMPLER_FILE).write_text(json.dumps(settings) + "\n")
         if biases is not None:
             tensors = {str(k): bias.detach().cpu().contiguous() for k, bias in biases.items()}
@@ -418,6 +497,6 @@ def save_student(
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
         if adapter is None:
-            model.save_pretrained(partial / "transformer")
+            model.save_pretrained(partial / part)
         else:
-            model.save_config(partial / "transformer")
+            model.save_config(partial / part)

@@ -67,7 +67,8 @@ def _refuse_keys(folder: Path, cls: Any, missing: Collection[str], unexpected: C
 
 def load_network(folder: Path, cls: Any) -> Any:
     """`cls.from_pretrained`, no pickles. Raises ValueError for weights that are not all of this class."""
-    keywords = {"low_cpu_mem_usage": False} if issubclass(cls, ModelMixin) else {}
+    whole = issubclass(cls, ModelMixin) and not cls._keep_in_fp32_modules  # which diffusers loads in one way only
+    keywords = {"low_cpu_mem_usage": False} if whole else {}
     try:
         model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **keywords)
     except (RuntimeError, TypeError) as error:

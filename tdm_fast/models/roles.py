@@ -165,12 +165,13 @@ class Networks:
         weights: Mapping[str, Tensor] | None = None,
         lora_save: Literal["merged", "adapter"] = "merged",
         base: Mapping[str, Tensor] | None = None,
+        size: Sequence[int] | None = None,
     ) -> None:
         """Write the student's folder, which samples by itself; `timesteps` are its nodes, under unify those of each K.
 
         merged: the transformer is `student_network()`. adapter: it is the teacher's, and the adapter is merged when
         the folder is loaded. The adapter's file is there either way; under unify, one for each other K as well.
-        `weights` and `base` as in `student_network`.
+        `weights` and `base` as in `student_network`, `size` as in `save_student`.
         Raises SaveError when it cannot be written and ValueError for `timesteps` that do not fit.
         """
         if lora_save not in ("merged", "adapter"):
@@ -192,6 +193,7 @@ class Networks:
             biases=self.biases(weights, base) if self.unify else None,
             files=files,
             adapter=LORA_FILE if lora_save == "adapter" else None,
+            size=size,
         )
 
     def _student(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,8 @@ class Unit(NamedTuple):
     stride: int
 
     def __str__(self) -> str:
+        if self.step == sys.maxsize:
+            return str(self.first)
         return f"{self.first} + n·{self.step}" if self.first else f"multiples of {self.step}"
 
     def fits(self, length: int) -> bool:
@@ -31,7 +34,8 @@ class Unit(NamedTuple):
     def nearest(self, length: int) -> list[int]:
         """The lengths that fit next to one that does not, ascending."""
         below = (length - self.first) // self.step * self.step + self.first
-        return [fitting for fitting in (below, below + self.step) if self.fits(fitting)] or [self.first or self.step]
+        found = [fitting for fitting in (below, below + self.step) if self.fits(fitting) and fitting < sys.maxsize]
+        return found or [self.first or self.step]
 
     def latents(self, length: int, what: str) -> int:
         """The latents of a length. Raises ValueError, which says `what`, with the nearest that fit."""
@@ -42,6 +46,10 @@ class Unit(NamedTuple):
     def pixels(self, latents: int) -> int:
         """The frames or pixels that so many latents are decoded to."""
         return (latents - self.first) * self.stride + self.first
+
+
+STILL = Unit(1, sys.maxsize, 1)
+"""The frames of an image: one."""
 
 
 def units(strides: tuple[int, int, int], patch_size: int) -> tuple[Unit, Unit, Unit]:

@@ -18,15 +18,16 @@ from tdm_fast.encoders import CLASSES as ENCODERS
 from tdm_fast.encoders import EncoderFiles, find_encoder
 from tdm_fast.files import content_digest, read_json
 from tdm_fast.models import registry, upstream
+from tdm_fast.models.families import INDEX_FILE, OPENSORA, Family, StockFamily, class_name, family_of
 from tdm_fast.models.networks import check_weights
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import say_unused
 from tdm_fast.notes import say_once
+from tdm_fast.stock_text import StockText
 
 if TYPE_CHECKING:
     from tdm_fast.config import ModelConfig
 
-INDEX_FILE = "model_index.json"
 SAMPLER_FILE = "few_step.json"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 SECOND_PARTS = ("text_encoder_2", "tokenizer_2")
@@ -59,11 +60,41 @@ class Sources:
     """Frames, height and width that outrank what the transformer's config and name say."""
     upstream: bool = False
     """Whether the transformer runs the package `opensora`'s code."""
+    family: Family = OPENSORA
+    """What kind of model it is; of one of diffusers' `transformer` is the folder of the network, a UNet's too."""
 
     @classmethod
     def of_folder(cls, folder: Path) -> Sources:
         """The parts of one pipeline's folder. Raises ValueError when it is missing, half-written or another model's."""
-        return cls._of_pipeline(folder, {})
+        family = family_of(folder)
+        return cls._of_stock(folder, family) if isinstance(family, StockFamily) else cls._of_pipeline(folder, {})
+
+    @classmethod
+    def _of_stock(cls, folder: Path, family: StockFamily) -> Sources:
+        """The parts of the folder of one of diffusers' pipelines."""
+        index = read_json(folder / INDEX_FILE)
+        family.refuse(index, folder)
+        wanted = {family.part: family.network.__name__, "vae": family.vae.__name__}
+        for part, known in wanted.items():
+            if (found := class_name(index, part)) != known:
+                raise ValueError(
+                    f"{folder} holds a {index['_class_name']} whose {part} is a {found}; it takes a {known} there"
+                )
+        needed = [family.part, "vae", "scheduler", family.encoders[0]]
+        if missing := [part for part in needed if not any((folder / part).glob("*"))]:
+            raise ValueError(f"{folder} is half-written: {', '.join(missing)} missing; copy or make the folder again")
+        for part in wanted:
+            check_weights(folder / part)
+        encoder, *second = StockText.find(folder, family)
+        return cls(
+            folder,
+            transformer=folder / family.part,
+            vae=folder / "vae",
+            encoder=encoder,
+            scheduler=folder / "scheduler",
+            encoder_2=second[0] if second else None,
+            family=family,
+        )
 
     @classmethod
     def of_flags(cls, flags: ModelConfig, *, find: Callable[..., EncoderFiles] = find_encoder) -> Sources:
@@ -74,6 +105,10 @@ class Sources:
         missing, damaged or of another model.
         """
         folder, name = find_folder(flags), str(flags.model)
+        size = (flags.num_frames, flags.max_height, flags.max_width)
+        if folder is not None and isinstance(family := family_of(folder), StockFamily):
+            _refuse_open_sora_flags(flags, folder)
+            return replace(cls._of_stock(folder, family), size=size)
         if flags.opensora_source == "upstream":
             upstream.registries()  # raises where the package cannot be imported
         named: dict[str, Any] = {}
@@ -98,7 +133,7 @@ class Sources:
         return replace(
             parts,
             name=name if registry.is_known(name) else None,
-            size=(flags.num_frames, flags.max_height, flags.max_width),
+            size=size,
             upstream=flags.opensora_source == "upstream",
         )
 
@@ -111,7 +146,7 @@ class Sources:
         own: dict[str, Any] = {"vae": folder / "vae"}
         if "encoder" not in named:
             own["encoder"] = _encoder_of(folder, "text_encoder")
-        has_second = "encoder_2" not in named and _class_name(index, "text_encoder_2")
+        has_second = "encoder_2" not in named and class_name(index, "text_encoder_2")
         if has_second and takes_second(folder / "transformer", str(folder)):
             own["encoder_2"] = _encoder_of(folder, "text_encoder_2")
         return cls(folder, transformer=folder / "transformer", scheduler=folder / "scheduler", **own | named)
@@ -162,6 +197,9 @@ class Sources:
     @property
     def folders(self) -> dict[str, Path | None]:
         """The folder of each part, by its name in a pipeline."""
+        if isinstance(self.family, StockFamily):
+            index = read_json(self.folder / INDEX_FILE)
+            return {part: self.folder / part for part in index if class_name(index, part)}
         places: dict[str, Path | None] = {"transformer": self.transformer, "vae": self.vae, "scheduler": self.scheduler}
         for encoder, suffix in zip(self.encoders, ("", "_2"), strict=False):
             places |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}
@@ -175,10 +213,12 @@ class Sources:
         files = sorted(path for path in folder.iterdir() if path.is_file())
         if part.startswith("tokenizer"):
             return [path for path in files if path.suffix in (".json", ".model", ".txt") and ".index." not in path.name]
-        if part == "scheduler":
+        if part in ("scheduler", "feature_extractor"):
             return files
         weights = [path for path in files if path.suffix == ".safetensors"]
         weights = weights or [path for path in files if path.suffix in WEIGHTS]
+        # Of a repository's several precisions the one that from_pretrained takes.
+        weights = [path for path in weights if path.name.count(".") == 1] or weights
         about = {path for path in files if path.name == "config.json"}
         about |= {path for path in files if weights and path.name.endswith(f"{weights[0].suffix}.index.json")}
         return sorted({*weights, *about})
@@ -204,7 +244,7 @@ class Sources:
                 clip_sample=False,
             )
         index = self.folder / INDEX_FILE
-        name = _class_name(read_json(index), "scheduler") if index.is_file() else None
+        name = class_name(read_json(index), "scheduler") if index.is_file() else None
         name = name or read_json(self.scheduler / "scheduler_config.json", "_class_name")["_class_name"]
         scheduler_class = getattr(diffusers, name, None)
         if scheduler_class is None:
@@ -221,7 +261,7 @@ class Sources:
             (folder / part).mkdir()
             if self.folders[part] is None:
                 self.scheduler_object().save_pretrained(folder / part)
-            if part == "vae" and not any(self.vae.glob("*.safetensors")):
+            if self.family is OPENSORA and part == "vae" and not any(self.vae.glob("*.safetensors")):
                 registry.load_vae(None, self.vae).vae.save_pretrained(folder / part)
                 continue
             for path in self.files_of(part):
@@ -230,6 +270,8 @@ class Sources:
 
     def _index(self) -> dict[str, Any]:
         """A pipeline's index: the folder's own, with the entries of parts from elsewhere."""
+        if self.family is not OPENSORA:
+            return read_json(self.folder / INDEX_FILE)
         index: dict[str, Any] = {"_class_name": "OpenSoraPipeline"}
         if (path := self.folder / INDEX_FILE).is_file():
             entries = read_json(path).items()
@@ -267,6 +309,21 @@ def find_folder(flags: ModelConfig) -> Path | None:
     elif flags.model_path is not None and flags.model not in (type(flags).model, folder):
         registry.check_name(name)
     return folder
+
+
+def _refuse_open_sora_flags(flags: ModelConfig, folder: Path) -> None:
+    """Raise ValueError for flags that name parts of an Open-Sora Plan model beside a pipeline of diffusers."""
+    names = ("ae", "ae_path", "text_encoder_name_1", "text_encoder_name_2")
+    named = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if flags.opensora_source != "native":
+        named["opensora_source"] = flags.opensora_source
+    if named:
+        name, value = next(iter(named.items()))
+        pipeline = read_json(folder / INDEX_FILE)["_class_name"]
+        raise ValueError(
+            f"--{name} {value}: {folder} holds a {pipeline}, whose parts are those of its folder; the flag is for Open-Sora"
+            " Plan's models"
+        )
 
 
 def find_transformer(folder: Path) -> Path:
@@ -310,7 +367,7 @@ def check_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Any]
             f"{folder}: no {INDEX_FILE} in it (found: {found}); it takes a pipeline's folder, or a"
             " transformer's with --ae_path and --text_encoder_name_1 beside it"
         ) from None
-    classes = {part: _class_name(index, part) for part in parts}
+    classes = {part: class_name(index, part) for part in parts}
     for part, known in CLASSES.items():
         if part in parts and classes[part] not in known:
             found = f"its {part} is a {classes[part]}" if classes[part] else f"it has no {part}"
@@ -323,12 +380,6 @@ def check_folder(folder: Path, parts: Collection[str] = PARTS) -> dict[str, Any]
         if part in parts:
             check_weights(folder / part)
     return index
-
-
-def _class_name(index: dict[str, Any], part: str) -> str | None:
-    """The class that a pipeline's index names for a part, or None."""
-    entry = index.get(part)
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
