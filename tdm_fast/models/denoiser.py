@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,11 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
 class Denoiser(nn.Module):
     """A network with its schedule. A family of teachers overrides `call_model`, nothing else knows how it is called."""
 
+    part: ClassVar[str] = "transformer"
+    """The network's name in a pipeline's folder and in the files of its adapters."""
+    takes_mask: ClassVar[bool] = True
+    """Whether prompts of different lengths can go into one call, with an `encoder_attention_mask`."""
+
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
         super().__init__()
         self.model = model
@@ -139,8 +144,33 @@ class Denoiser(nn.Module):
 
     def call_model(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's own call; `timestep` `[B]` is what the network is told. Override for other signatures."""
-        dtype = next((parameter.dtype for parameter in self.model.parameters()), x_t.dtype)
+        dtype = self.input_dtype(x_t)
         return self.model(x_t.to(dtype), timestep, **conditioning.to(dtype=dtype).tensors)
+
+    def input_dtype(self, x_t: Tensor) -> torch.dtype:
+        """What latents and text are cast to: the network's dtype; what diffusers keeps in fp32 does not count."""
+        dtype = getattr(self.model, "dtype", None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        return next((parameter.dtype for parameter in self.model.parameters()), x_t.dtype)
+
+    def unmasked_states(self, conditioning: Conditioning) -> Tensor:
+        """`encoder_hidden_states` `[B, L, D]` for a network that takes no mask. Raises ValueError if there is one."""
+        if "encoder_attention_mask" in conditioning.tensors:
+            raise ValueError(
+                f"conditioning has an encoder_attention_mask, and {type(self.model).__name__} takes none: its prompts"
+                " are padded to one length by their tokenizer"
+            )
+        return conditioning.tensors["encoder_hidden_states"]
+
+    def pooled_states(self, conditioning: Conditioning) -> Tensor:
+        """The pooled embedding `[B, D2]`, from `encoder_2_hidden_states`. Raises ValueError if it is not there."""
+        if "encoder_2_hidden_states" not in conditioning.tensors:
+            raise ValueError(
+                f"conditioning holds {', '.join(sorted(conditioning.tensors))}; {type(self.model).__name__} also takes"
+                " a pooled embedding, encoder_2_hidden_states [B, 1, D2]"
+            )
+        return conditioning.tensors["encoder_2_hidden_states"][:, 0]
 
     def time_embedding(self) -> nn.Linear:
         """The last linear of the network's time embedding: what is told of K is added to its output, or to its bias.
