@@ -126,7 +126,7 @@ class StockText(EncoderFiles):
         total = hashlib.sha256(f"{type(self.family).__name__} {self.slot}\n".encode())
         for part in self.family.encoders:
             for folder in (self.folder / part, self.folder / part.replace("text_encoder", "tokenizer")):
-                weights = [path for path in folder.glob("*.safetensors")] or [path for path in folder.glob("*.bin")]
+                weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
                 for path in sorted({*weights, *(p for p in folder.glob("*") if p.suffix in TOKENIZER_SUFFIXES)}):
                     total.update(f"{folder.name}/{path.name} {content_digest(path)}\n".encode())
         return total.hexdigest()[:16]

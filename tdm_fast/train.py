@@ -130,6 +130,16 @@ def check_teacher(config: TrainConfig, sources: Sources) -> None:
             f"--cfg {config.tdm.cfg:g}: {sources.folder} is distilled and knows no null prompt that guidance could lead"
             " away from; --cfg 1 would do"
         )
+    if sources.family is not OPENSORA:
+        name = sources.family.network.__name__
+        if config.networks.context_parallel > 1:
+            raise ValueError(
+                f"--context_parallel {config.networks.context_parallel}: a {name}'s tokens cannot be split over ranks;"
+                " it takes 1"
+            )
+        if config.tdm.unify is not None:
+            numbers = " ".join(map(str, config.tdm.unify))
+            raise ValueError(f"--unify {numbers}: a {name} cannot be told its number of steps; leave it out")
     if config.run.lora_save == "adapter" and not sources.has_weights:
         raise ValueError(
             f"--lora_save adapter: {sources.name} has no weights on disk to keep beside the adapter; merged would do"

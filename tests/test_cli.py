@@ -60,7 +60,15 @@ def test_the_package_is_the_command(name: str) -> None:
 
 def test_the_flags_of_train_are_explained(show: Show) -> None:
     text = show("train", "--help")[1].replace("-", "_")
-    for flag in ("cfg", "use_huber", "resume_from_checkpoint", "checkpoints_total_limit", "timesteps", "prompts", "config"):
+    for flag in (
+        "cfg",
+        "use_huber",
+        "resume_from_checkpoint",
+        "checkpoints_total_limit",
+        "timesteps",
+        "prompts",
+        "config",
+    ):
         assert f"__{flag}" in text
 
 

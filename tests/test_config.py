@@ -72,7 +72,18 @@ def test_lists_and_null(parse) -> None:
     [
         [],
         DEMO,
-        ["--timesteps", "999", "856", "665", "399", "--total_steps", "1000", "--prompts", "a file", "--no-use_separate"],
+        [
+            "--timesteps",
+            "999",
+            "856",
+            "665",
+            "399",
+            "--total_steps",
+            "1000",
+            "--prompts",
+            "a file",
+            "--no-use_separate",
+        ],
         ["--negative_prompt", "blurry, ugly", "--checkpoints_total_limit", "None", "--no-use_ema"],
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from tiny_networks import CHANNELS, POOLED_WIDTH, TEXT_TOKENS, TEXT_WIDTH, network, scheduler
+from tiny_networks import CHANNELS, POOLED_WIDTH, TEXT_WIDTH, network, scheduler
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,

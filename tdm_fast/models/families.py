@@ -90,7 +90,7 @@ class StockFamily(Family):
         """Raise ValueError for a pipeline of this class that works in another way than the others."""
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """The widths of text that a network of this config takes: of tokens, and of a pooled embedding if it has one."""
+        """The widths of text that a network of this config takes: of tokens, and of a pooled embedding, if any."""
         raise NotImplementedError
 
     def encoded_widths(self, encoders: Sequence[Any]) -> tuple[int, ...]:

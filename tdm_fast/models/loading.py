@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tdm_fast.encoders import EncoderFiles, check_encoders
 from tdm_fast.files import read_json, whole_folder
 from tdm_fast.models import registry, upstream
-from tdm_fast.models.networks import check_tensors, check_weights, empty_network, load_network
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.families import OPENSORA, Family, StockFamily
+from tdm_fast.models.networks import check_tensors, check_weights, empty_network, load_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import takes_two
 from tdm_fast.models.sizes import SIZE_FLAGS, latent_size, latents_of
@@ -473,8 +473,9 @@ def save_student(
     """Write a student that samples by itself: its transformer, the teacher's other parts, the nodes of its trajectory.
 
     With an `adapter`, one of `files` (name and content), the weights are the teacher's, into which it is merged at
-    loading, and `transformer` says the config alone. `size` is `(T, H, W)` of its latents where no config says it. For a student of several numbers of steps `timesteps` are the
-    nodes of each, and `biases` `[d]` what makes it the one of each. The teacher's weights are linked where that is
+    loading, and `transformer` says the config alone. `size` is `(T, H, W)` of its latents where no config says it.
+    For a student of several numbers of steps `timesteps` are the nodes of each, and `biases` `[d]` what makes it the
+    one of each. The teacher's weights are linked where that is
     possible. Written beside and renamed when whole. Raises SaveError when it cannot be written.
     """
     sources = Sources.of_folder(teacher) if isinstance(teacher, Path) else teacher

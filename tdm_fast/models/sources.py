@@ -208,7 +208,7 @@ class Sources:
     def files_of(self, part: str) -> list[Path]:
         """A part's own files, sorted by name, also where one folder holds an encoder and its tokenizer."""
         folder = self.folders[part]
-        if folder is None:
+        if folder is None or not folder.is_dir():
             return []
         files = sorted(path for path in folder.iterdir() if path.is_file())
         if part.startswith("tokenizer"):
@@ -321,8 +321,8 @@ def _refuse_open_sora_flags(flags: ModelConfig, folder: Path) -> None:
         name, value = next(iter(named.items()))
         pipeline = read_json(folder / INDEX_FILE)["_class_name"]
         raise ValueError(
-            f"--{name} {value}: {folder} holds a {pipeline}, whose parts are those of its folder; the flag is for Open-Sora"
-            " Plan's models"
+            f"--{name} {value}: {folder} holds a {pipeline}, whose parts are those of its folder; the flag is for"
+            " Open-Sora Plan's models"
         )
 
 
