@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from tdm_fast.models.adapters import role_context
+from tdm_fast.models.blocks import blocks_of, named_blocks
 from tdm_fast.models.denoiser import Conditioning, Roles
 
 CheckpointingKind = Literal["none", "block", "selective"]
@@ -38,34 +38,6 @@ KEPT_LIBRARIES = ("tdm_fast", "torch_attn", "flash_attn", "flash_attn_3", "xform
 """Libraries whose ops' outputs it keeps: this project's, torch's varlen attention, flash attention's own packages."""
 TEXT_LENGTH = {"text": 1, "encoder_hidden_states": 1, "text_mask": -1, "encoder_attention_mask": -1}
 """Arguments of a block that carry the text, and the dimension that is its length."""
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that `model` repeats, outermost first, in order.
-
-    They are the members of its `nn.ModuleList`s whose classes diffusers' `_repeated_blocks` or `_no_split_modules`
-    names; in a model that has neither, those of the list with the most parameters. Raises ValueError if there are none.
-    """
-    named: set[str] = set()
-    for module in model.modules():
-        named.update(getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or ())
-    lists = _outermost_lists(model)
-    if named:
-        blocks = [block for blocks in lists for block in blocks if type(block).__name__ in named]
-    else:
-        blocks = list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
-    if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no repeated blocks; it needs an nn.ModuleList of them, whose class it names in"
-            " _repeated_blocks or _no_split_modules if it has one of these"
-        )
-    return blocks
-
-
-def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
-    if isinstance(module, nn.ModuleList):
-        return [module]
-    return list(itertools.chain.from_iterable(_outermost_lists(child) for child in module.children()))
 
 
 # ---- activation checkpointing
@@ -198,6 +170,11 @@ SHAPE_KINDS = tuple(ShapeKind(single, masked) for single in (False, True) for ma
 """What training meets: sub-batches of any size, texts of equal and of different lengths."""
 
 
+def shape_kinds(roles: Roles) -> tuple[ShapeKind, ...]:
+    """The SHAPE_KINDS that these networks can be called with: some take no mask."""
+    return tuple(kind for kind in SHAPE_KINDS if roles.teacher.takes_mask or not kind.masked)
+
+
 @dataclass(frozen=True)
 class CompileBound:
     """How often torch.compile may compile: once for each block kind, role, gradient mode and kind of shape."""
@@ -218,24 +195,31 @@ class CompileBound:
         return f"at most {self.total} compilations: block kinds ({blocks}) x {self.shapes} kinds of shape x {sizes}"
 
 
-def compile_bound(roles: Roles, *, shapes: Sequence[ShapeKind] = SHAPE_KINDS, video_sizes: int = 1) -> CompileBound:
-    """The bound for three roles, whose networks may be one and the same.
+def compile_bound(roles: Roles, *, shapes: Sequence[ShapeKind] | None = None, video_sizes: int = 1) -> CompileBound:
+    """The bound for three roles, whose networks may be one and the same, and `shape_kinds(roles)` or other `shapes`.
 
     A network's block kinds are its `block_kinds` if it says so (blocks of one class whose arguments differ in kind), or
-    the number of its blocks' classes. With gradient there is one more where what comes before the blocks is frozen:
-    only the first block's input then carries none.
+    else blocks differ in kind by class, parameters, and the level of a UNet that they are in. With gradient there is
+    one more of each class where what comes before the blocks is frozen: only the first one's input then carries none.
     """
     blocks = {}
     for role, denoiser in zip(Roles._fields, roles, strict=True):
         network = denoiser.model
         inside = blocks_of(network)
-        kinds = int(getattr(network, "block_kinds", 0)) or len({type(block) for block in inside})
+        kinds = int(getattr(network, "block_kinds", 0)) or len(set(map(_kind, named_blocks(network))))
         of_blocks = {id(parameter) for block in inside for parameter in block.parameters()}
         frozen = any(not p.requires_grad for p in network.parameters() if id(p) not in of_blocks)
         blocks[f"{role} without gradient"] = kinds
         if role != "teacher":
-            blocks[f"{role} with gradient"] = kinds + frozen
-    return CompileBound(blocks, len(shapes), video_sizes)
+            blocks[f"{role} with gradient"] = kinds + frozen * len({type(block) for block in inside})
+    return CompileBound(blocks, len(shape_kinds(roles) if shapes is None else shapes), video_sizes)
+
+
+def _kind(named: tuple[str, nn.Module]) -> tuple[Any, ...]:
+    """What decides a block's graph, as far as the block itself can tell: levels of a UNet differ in their sizes."""
+    name, block = named
+    parameters = tuple((path, parameter.shape) for path, parameter in block.named_parameters())
+    return type(block), parameters, tuple(name.split(".")[:-2][:2])
 
 
 class Compilations:
@@ -340,11 +324,22 @@ def _with_marks(function: Callable[..., Any], run: Callable[..., Any]) -> Callab
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(self, *args, **kwargs)
+        args, kwargs = tuple(map(_in_order, args)), {name: _in_order(value) for name, value in kwargs.items()}
         _mark_what_varies({**dict(zip(names, args, strict=False)), **kwargs})
         return run(self, *args, **kwargs)
 
     forward.compiled = True  # type: ignore[attr-defined]
     return forward
+
+
+def _in_order(value: Any) -> Any:
+    """A tensor with its elements in memory as its dimensions have them: other strides would be another graph.
+
+    In some networks what the first block gets is a view, and what the others get is not. What is expanded stays so.
+    """
+    if not isinstance(value, Tensor) or 0 in value.stride():
+        return value
+    return value.contiguous().view(value.shape)
 
 
 def _mark_what_varies(arguments: Mapping[str, Any]) -> None:
@@ -364,16 +359,17 @@ def warm_up(
     latents: Tensor,
     conditioning: Conditioning,
     *,
-    shapes: Iterable[ShapeKind] = SHAPE_KINDS,
+    shapes: Iterable[ShapeKind] | None = None,
     batch: int = 2,
 ) -> None:
     """Call every role in every gradient mode and kind of shape, so that all compilation happens now.
 
     `latents` `[1 or more, C, ...]` and `conditioning` (of as many samples) are examples of one video size; call again
-    for each other size. `batch` stands for all batches above one; one above the number of threads lets inductor's C++
-    share work evenly for every batch. No gradient is left behind, and no random number is drawn.
+    for each other size. `shapes` are `shape_kinds(roles)` if not given. `batch` stands for all batches above one; one
+    above the number of threads lets inductor's C++ share work evenly for every batch. No gradient is left behind, and
+    no random number is drawn.
     """
-    for kind in shapes:
+    for kind in shape_kinds(roles) if shapes is None else shapes:
         size = 1 if kind.single else batch
         x = latents[:1].detach().expand(size, *latents.shape[1:]).contiguous()
         t = torch.zeros(size, dtype=torch.int64, device=x.device)

@@ -37,9 +37,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tdm_fast.guards import local
+from tdm_fast.models.blocks import blocks_of
 from tdm_fast.models.loading import Weights
 from tdm_fast.models.roles import Networks
-from tdm_fast.parallel import blocks_of
 from tdm_fast.ranks import Ranks
 
 
@@ -139,15 +139,20 @@ def mean_gradients_(parameters: Sequence[Tensor], ranks: Ranks) -> None:
 def fill_(models: Sequence[nn.Module], weights: Weights, device: torch.device) -> None:
     """Give sharded networks on the meta device, all of one architecture, their weights from safetensors.
 
-    Every rank reads its own rows alone, once for all networks, so that no tensor is ever whole. Raises ValueError for
-    files that are not of this architecture.
+    Every rank reads its own rows alone, once for all networks, so that no tensor is ever whole, but for buffers, which
+    are small. Raises ValueError for files that are not of this architecture.
     """
-    homes = [_homes(model) for model in models]
-    wanted, seen = {name for home in homes for name in home}, set()
+    homes, tables = [_homes(model) for model in models], [_tables(model) for model in models]
+    for module in (module for model in models for module in model.modules()):
+        for leaf, buffer in module.named_buffers(recurse=False):
+            setattr(module, leaf, buffer.to(device))
+    wanted, seen = {name for places in (*homes, *tables) for name in places}, set()
     for file in sorted(weights.folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in list(tensors.keys()):
                 seen.add(name)
+                for module, leaf in (table[name] for table in tables if name in table):
+                    getattr(module, leaf).copy_(tensors.get_tensor(name))
                 rows: Tensor | None = None
                 for home in homes:
                     if name not in home:
@@ -181,6 +186,16 @@ def _homes(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for path, module in model.named_modules()
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.is_meta or local(parameter).is_meta
+    }
+
+
+def _tables(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where the buffers live that are in a network's file, such as positions."""
+    return {
+        f"{path}.{leaf}".removeprefix("."): (module, leaf)
+        for path, module in model.named_modules()
+        for leaf, _ in module.named_buffers(recurse=False)
+        if leaf not in module._non_persistent_buffers_set
     }
 
 

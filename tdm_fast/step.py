@@ -123,6 +123,11 @@ def make_state(
     )
     if ranks.context_group is not None:
         for model in networks.models():
+            if not hasattr(model, "set_context_group"):
+                raise ValueError(
+                    f"--context_parallel {ranks.context}: {type(model).__name__} cannot split a sample's tokens over"
+                    " ranks; 1 would do"
+                )
             model.set_context_group(ranks.context_group)  # type: ignore[operator]
     for model in networks.models():
         apply_checkpointing(model, n.activation_checkpointing)

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tdm_fast.config import TrainConfig
+from tdm_fast.models.blocks import blocks_of
 from tdm_fast.models.denoiser import Roles
-from tdm_fast.parallel import blocks_of
 
 PAYLOADS = {
     "_allgather_base_": ("gather", 0),

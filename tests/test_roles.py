@@ -299,7 +299,7 @@ def test_a_denoiser_gives_any_network_its_own_dtype() -> None:
     text = Conditioning({"text": torch.ones(2, 3)})
     outputs = [role(torch.ones(2, 3), torch.tensor([3, 4]), text) for role in networks.roles]
     assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.float32]
-    with pytest.raises(ValueError, match=r"Network has no transformer_blocks with linears named attn"):
+    with pytest.raises(ValueError, match=r"Network has no blocks with linears named attn"):
         make_networks(teacher, kind="lora")
     with pytest.raises(ValueError, match=r"Denoiser: this family of networks cannot be told its number of steps"):
         make_networks(teacher, unify=UNIFY)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from tdm_fast.models.blocks import named_blocks
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
-PREFIX = "transformer."
-"""How diffusers' files name the network that a tensor belongs to."""
 _ADAPTERS = "_tdm_adapters"
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -52,7 +52,7 @@ class Adapters:
     an adapter that was switched off between its forward and its backward. Compiled blocks see only the flags change.
 
     They are made on the model's device, or on `device`: a model on the meta device gets its weights later.
-    Raises ValueError when the model has adapters already or no `transformer_blocks` with such linears.
+    Raises ValueError when the model has adapters already or no blocks with such linears.
     """
 
     def __init__(
@@ -200,27 +200,36 @@ def _checkpoint_block(model: nn.Module, block: nn.Module, *args: Any) -> Any:
 
 
 def block_linears(model: nn.Module) -> list[str]:
-    """Names of the attention and feed-forward linears of a diffusers transformer's blocks."""
-    blocks = getattr(model, "transformer_blocks", ())
+    """Names of the attention and feed-forward linears in the blocks of a network of diffusers' naming."""
+    try:
+        blocks = named_blocks(model)
+    except ValueError:
+        blocks = []
     names = [
-        f"transformer_blocks.{index}.{name}"
-        for index, block in enumerate(blocks)
+        f"{path}.{name}"
+        for path, block in blocks
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(("attn", "ff"))
     ]
     if not names:
         raise ValueError(
-            f"{type(model).__name__} has no transformer_blocks with linears named attn… or ff…; adapters need a"
-            " transformer in diffusers' naming, or full roles"
+            f"{type(model).__name__} has no blocks with linears named attn… or ff…; adapters need a network in"
+            " diffusers' naming, or full roles"
         )
     return names
 
 
 def lora_file(
-    weights: Mapping[str, Tensor], rank: int, scaling: float, bias: tuple[str, nn.Linear, Tensor] | None = None
+    weights: Mapping[str, Tensor],
+    rank: int,
+    scaling: float,
+    bias: tuple[str, nn.Linear, Tensor] | None = None,
+    part: str = "transformer",
 ) -> bytes:
     """An adapter as the content of a file that `load_lora_weights` of diffusers, and what reads its format, loads.
 
+    `part` is the network's name in a pipeline, with which every tensor's name begins. A class without
+    `load_lora_adapter`, such as PixArt's, takes the tensors by peft's `set_peft_model_state_dict`, without that name.
     `scaling` (alpha / rank) is multiplied into B and the file says alpha = rank, because readers differ in what they
     make of an alpha. `bias` is one more linear, with its name, and a vector that the adapter adds to its output.
     """
@@ -247,6 +256,6 @@ def lora_file(
     }
     metadata = {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps({PREFIX + name: value for name, value in settings.items()}),
+        "lora_adapter_metadata": json.dumps({f"{part}.{name}": value for name, value in settings.items()}),
     }
-    return safetensors.torch.save({PREFIX + name: value for name, value in tensors.items()}, metadata)
+    return safetensors.torch.save({f"{part}.{name}": value for name, value in tensors.items()}, metadata)

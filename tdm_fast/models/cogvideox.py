@@ -33,7 +33,8 @@ class CogVideoXDenoiser(Denoiser):
             )
         rotary = None
         if config.use_rotary_positional_embeddings:
-            rotary = rotary_tables(config, *x_t.shape[2:], x_t.device)
+            frames, height, width = x_t.shape[2:]
+            rotary = rotary_tables(config, frames, height, width, x_t.device)
         output = self.model(
             x_t.to(dtype).transpose(1, 2),
             encoder_hidden_states=states.to(dtype),

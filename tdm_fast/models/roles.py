@@ -154,7 +154,7 @@ class Networks:
         if self.unify and vectors is not None:
             row = vectors[self.unify.index(self._known(num_steps))]
             bias = (self._time_embedding(), self.roles.student.time_embedding(), row)
-        return lora_file(own, self.adapters.rank, self.adapters.scaling, bias)
+        return lora_file(own, self.adapters.rank, self.adapters.scaling, bias, self.roles.student.part)
 
     def save(
         self,
@@ -266,13 +266,15 @@ def _trainable_copy(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
 
 
 def _cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what does not train, buffers included; adapters keep their dtype."""
-    for module in network.modules():
+    """Cast what does not train, buffers included; adapters, and what diffusers keeps in fp32, keep their dtype."""
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for path, module in network.named_modules():
+        parts = path.split(".")
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and kept.isdisjoint((*parts, name)):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point() and kept.isdisjoint((*parts, name)):
                 setattr(module, name, buffer.to(dtype))
 
 
