@@ -63,8 +63,8 @@ def measure_costs(
                 unify=config.tdm.unify,
             ).roles
             told = tell(conditioning, config.tdm.num_steps) if config.tdm.unify else conditioning
-            inputs = (told, conditioning, told)
-            costs.append(Costs(*(count_operations(role, latents, t, c) for role, c in zip(roles, inputs, strict=True))))
+            student = count_operations(roles.student, latents, t, told)  # the fake score is the same network
+            costs.append(Costs(student, count_operations(roles.teacher, latents, t, conditioning), student))
     return costs
 
 
@@ -120,12 +120,18 @@ def estimate_run(
     ranks = ranks or Ranks(device=next(teacher.parameters()).device)
     device = ranks.device
     eager = with_flags(config, compile="off")  # what a compiler fuses away is left to the safe side
-    batches = [largest_example(cache, eager, shapes, device, iteration, ranks) for iteration in range(2)]
+    batch = largest_example(cache, eager, shapes, device, ranks=ranks)
+
+    def build() -> Any:
+        state = make_state(copy.deepcopy(teacher), eager, ranks)
+        fill(state.student_optimizer)
+        fill(state.fake_optimizer)
+        return state
 
     def step(state: Any, phase: Callable[[str], Any]) -> None:
-        update(state, batches[state.iteration], eager, phase)
+        update(state, batch, eager, phase)
 
-    return estimate(lambda: make_state(copy.deepcopy(teacher), eager, ranks), step, device=device)
+    return estimate(build, step, device=device, iterations=1)
 
 
 def checkpoint_bytes(config: TrainConfig, teacher: Denoiser, device: torch.device) -> int:

@@ -22,6 +22,10 @@ for number, path in ((1, stdout), (2, stderr)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 if file_limit is not None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+from pathlib import Path
+sys.path.insert(0, tests)
+import known_estimates
+known_estimates.remember(Path(known))
 from tdm_fast import cli
 sys.exit(cli.main(arguments))
 """
@@ -128,7 +132,28 @@ class Command:
 
 
 @pytest.fixture(scope="session")
-def start_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Command]]:
+def estimates(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Where runs of tests keep what `known_estimates` has them share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "estimates"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def known_estimates(estimates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process share what they find out about their memory and operations."""
+    import known_estimates as module
+
+    from tdm_fast import sizing, train
+
+    monkeypatch.setattr(sizing, "estimate_run", sizing.estimate_run)  # to be put back
+    monkeypatch.setattr(train, "measure_costs", train.measure_costs)
+    module.remember(estimates)
+
+
+@pytest.fixture(scope="session")
+def start_command(tmp_path_factory: pytest.TempPathFactory, estimates: Path) -> Iterator[Callable[..., Command]]:
     """`tdm-fast` in processes of its own: start_command(*arguments, file_limit=None) -> Command.
 
     They are forks of one process that has imported it already, because importing takes longer than such a run; each
@@ -146,6 +171,8 @@ def start_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
             "arguments": [str(argument) for argument in arguments],
             "stdout": str(stdout),
             "stderr": str(stderr),
+            "tests": str(Path(__file__).parent),
+            "known": str(estimates),
             "file_limit": file_limit,
         }
         process = context.Process(target=exec, args=(CHILD, names))

@@ -19,7 +19,7 @@ from tiny_networks import TEXT_TOKENS
 from tiny_pipelines import PIPELINES, PROMPTS, build, size
 from torch import Tensor
 
-from tdm_fast import cli
+from tdm_fast import cli, preflight
 from tdm_fast.config import ModelConfig, parse_train
 from tdm_fast.encode import EncodeConfig, encode
 from tdm_fast.models.denoiser import Conditioning
@@ -235,6 +235,17 @@ def test_the_command_distils_it(folders: Callable[[str], Path], tmp_path: Path, 
     assert (tmp_path / "one.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("name", ["sd15", "wan"])
+def test_a_run_can_be_checked_before(folders: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    frames, height, width = map(str, size(name))
+    flags = ["--model", str(folders(name)), "--num_frames", frames, "--max_height", height, "--max_width", width]
+    found = list(preflight.rows(parse_train([*flags, "--output_dir", str(tmp_path / "run"), *ONE_ITERATION])))
+    assert all(row.state == "ok" for row in found), [row for row in found if row.state != "ok"]
+    names = [row.name for row in found]
+    assert "unet" in names if name == "sd15" else "transformer" in names
+    assert {"teacher", "vae", "text_encoder", "fit", "trajectory", "latents", "tokens", "memory", "disk"} <= set(names)
+
+
 def test_prompts_are_encoded_ahead_by_the_command(folders: Callable[[str], Path], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
@@ -299,6 +310,8 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], list[str], str]] = {
         )[0], [],
         r"scheduler.*RePaintScheduler.*must be one of",
     ),
+    "unify": ("sd15", lambda f: None, ["--unify", "2", "4"], r"--unify 2 4: a UNet2DCond.* cannot be told"),
+    "context": ("wan", lambda f: None, ["--context_parallel", "2"], r"--context_parallel 2: a Wan.* cannot be split"),
     "timesteps": (
         "sd15", lambda f: None, ["--timesteps", "999", "856", "900"],
         r"timesteps are 999 856 900; they must descend strictly",

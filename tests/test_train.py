@@ -40,6 +40,7 @@ from tdm_fast.step import Batch, State, make_batch, make_state, rate_schedule, u
 from tdm_fast.text import PromptCache
 from tdm_fast.train import train
 
+pytestmark = pytest.mark.usefixtures("known_estimates")
 STEPS = 12
 COMMAND_LINE = (
     "--max_train_steps 12 --train_batch_size 3 --num_eval_videos 0 --checkpointing_steps 3 --validation_steps 5 "
