@@ -235,7 +235,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, backend:
 def _torch_varlen(*arguments: Any) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(*arguments)
+    return varlen_attn(*arguments)  # type: ignore[return-value]
 
 
 def _flash_varlen(*arguments: Any) -> Tensor:
@@ -350,8 +350,8 @@ def _activation_fails() -> list[str]:
 
 def head_sizes(model: nn.Module) -> tuple[int, ...]:
     """The sizes of a network's attention heads, ascending."""
-    heads = [module for module in model.modules() if hasattr(module, "to_q") and hasattr(module, "heads")]
-    return tuple(sorted({module.to_q.out_features // module.heads for module in heads}))  # type: ignore[union-attr, operator]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "to_q") and hasattr(module, "heads")]
+    return tuple(sorted({layer.to_q.out_features // layer.heads for layer in layers}))
 
 
 # ---- networks
@@ -372,21 +372,22 @@ def set_attention(model: nn.Module, backend: str) -> None:
     """
     dispatching = []
     for module in model.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(module, "attention_backend"):
             module.attention_backend = backend  # type: ignore[assignment]
         elif hasattr(processor, "_attention_backend"):
             dispatching.append(processor)
         elif processor is not None:
-            plain = getattr(processor, "plain_class", type(processor))
+            plain = _plain_class(processor)
             alone = backend == "sdpa" or (backend in PYTORCHS and plain.__module__.startswith("diffusers."))
             if alone or _patchable(plain):
-                processor.__class__ = plain if alone else _attending(plain, backend)  # type: ignore[assignment]
+                processor.__class__ = plain if alone else _attending(plain, backend)
     _tell_diffusers(model, dispatching, backend)
 
 
 def _tell_diffusers(model: Any, processors: list[Any], backend: str) -> None:
-    if backend in PYTORCHS and all(processor._attention_backend is None for processor in processors):
+    told = [processor for processor in processors if processor._attention_backend is not None]
+    if not processors or (backend in PYTORCHS and not told):
         return
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
@@ -399,8 +400,12 @@ def _tell_diffusers(model: Any, processors: list[Any], backend: str) -> None:
     finally:
         logger.setLevel(level)
     for processor in processors:
-        plain = getattr(processor, "plain_class", type(processor))
+        plain = _plain_class(processor)
         processor.__class__ = _dispatching(plain) if backend in ("flash", "xformers") else plain
+
+
+def _plain_class(processor: object) -> Any:
+    return getattr(processor, "plain_class", type(processor))
 
 
 def _patchable(processor: type) -> bool:
@@ -412,7 +417,7 @@ def _not_patchable(model: nn.Module) -> str | None:
     """The class of a processor that neither dispatches nor calls PyTorch's attention."""
     for module in model.modules():
         processor = getattr(module, "processor", None)
-        plain = getattr(processor, "plain_class", type(processor))
+        plain = _plain_class(processor)
         if processor is not None and not hasattr(processor, "_attention_backend") and not _patchable(plain):
             return plain.__name__
     return None

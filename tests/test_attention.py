@@ -90,7 +90,7 @@ def assert_as_exact_as_math(
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int) -> Tensor:
-    """Of packed `[tokens, heads, head_dim]`; gradients of keys that belong to no sequence are not numbers, as may be."""
+    """Of packed `[tokens, heads, head_dim]`; gradients of keys that belong to no sequence are not numbers."""
     assert ends_q.dtype == ends_k.dtype == torch.int32 and query.is_contiguous() and key.is_contiguous()
     assert int(ends_q.diff().max()) <= max_q and int(ends_k.diff().max()) <= max_k
     key, value = (Garbage.apply(x, int(ends_k[-1])) for x in (key, value))
@@ -299,12 +299,12 @@ def test_no_mask_is_as_large_as_queries_times_keys(video_mask: bool) -> None:
     assert made["sdpa"] == largest.elements
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective"])
-@pytest.mark.parametrize("backend", ["sdpa", "math", "xformers"])
+@pytest.mark.parametrize(("backend", "checkpointing"), [("sdpa", "none"), ("xformers", "selective")])
 @pytest.mark.usefixtures("stand_ins")
-def test_blocks_compile_whole_with_lengths(backend: str, checkpointing: str) -> None:
+def test_blocks_compile_whole_with_lengths(backend: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     network, given = model(num_layers=3), call()
+    monkeypatch.setattr("tdm_fast.parallel.blocks_of", lambda network: network.transformer_blocks[2:])  # the sparse one
     set_attention(network, backend)
     expected = results(network, given)
     apply_checkpointing(network, checkpointing)  # type: ignore[arg-type]
@@ -312,7 +312,7 @@ def test_blocks_compile_whole_with_lengths(backend: str, checkpointing: str) -> 
     compilations = Compilations(compile_bound(Roles(denoiser, denoiser, denoiser)), "aot_eager")
     compile_blocks(network, compilations)
     assert_close(results(network, given), expected)
-    assert compilations.count == network.block_kinds == 2
+    assert compilations.count == 1
 
 
 # ---- networks of others
@@ -348,9 +348,11 @@ def test_processors_of_opensora_call_attend(backend: str, monkeypatch: pytest.Mo
     torch.manual_seed(0)
     network = nn.ModuleList(
         DiffusersAttention(query_dim=12, heads=2, dim_head=6, processor=processor_of("opensora")()) for _ in range(2)
+    ).double()
+    x, text = torch.randn(7, 3, 12).double(), torch.randn(4, 3, 12).double()
+    bias = (
+        torch.zeros(3, 1, 1, 4).double().masked_fill(torch.rand(3, 1, 1, 4) > 0.5, -10000.0).repeat_interleave(2, dim=1)
     )
-    x, text = torch.randn(7, 3, 12), torch.randn(4, 3, 12)
-    bias = torch.zeros(3, 1, 1, 4).masked_fill(torch.rand(3, 1, 1, 4) > 0.5, -10000.0).repeat_interleave(2, dim=1)
     bias[1] = -10000.0
 
     def run(modules: Any) -> list[Tensor]:

@@ -200,7 +200,7 @@ class CrossAttention(Attention):
     """Attention of all video tokens to the text; in sparse layers too, where the original only repeats K and V."""
 
     def forward(self, x: Tensor, text: Tensor, lengths: Tensor | None) -> Tensor:
-        """``x [B, N, d]`` and ``text [B, L, d]``, of which ``lengths [B]`` tokens count (None: all), to ``[B, N, d]``."""
+        """``x [B, N, d]``, ``text [B, L, d]``, of which ``lengths [B]`` tokens count (None: all), to ``[B, N, d]``."""
         per_head = (self.heads, x.shape[-1] // self.heads)
         query, key, value = (
             project(source).unflatten(-1, per_head)
