@@ -436,6 +436,8 @@ def _attending(processor: type, backend: str) -> type:
         is_causal: bool = False,
     ) -> Tensor:
         per_query = attn_mask is not None and (attn_mask.ndim < 4 or attn_mask.shape[2] > 1)
+        if (dropout_p or is_causal or per_query) and backend in PYTORCHS:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
         if dropout_p or is_causal or per_query:
             raise ValueError(
                 f"--attention {backend}: {processor.__name__} has dropout, is causal or has a mask for each query; auto"

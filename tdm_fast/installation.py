@@ -191,7 +191,7 @@ def attention_rows() -> Rows:
         version = f"{needs.package} {attention.installed(needs.package) or 'not installed'}" if needs.package else ""
         missing = attention.lacks(backend, torch.device(device_types()[-1]), torch.bfloat16)
         says = [version, f"needs {'; '.join(missing)}" if missing else "runs bfloat16 on cuda"]
-        yield Row(f"attention {backend}", "ok", ": ".join(filter(None, says)))
+        yield Row(backend, "ok", ": ".join(filter(None, says)))
 
 
 def _runs(kernel: SDPBackend, device: str) -> bool:

@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tdm_fast import attention, notes
+from tdm_fast import attention, cli, notes, preflight
 from tdm_fast.attention import attend, choose, kept_first, set_attention
+from tdm_fast.config import parse_train
 from tdm_fast.models import OpenSoraT2V_v1_3
 from tdm_fast.models.denoiser import Roles
+from tdm_fast.models.loading import load_pipeline
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.parallel import Compilations, apply_checkpointing, compile_blocks, compile_bound
 from tdm_fast.schedule import Schedule
+from tdm_fast.step import make_state
 
 CPU = torch.device("cpu")
 BATCH, QUERIES, KEYS, HEADS, DIM = 3, 13, 10, 4, 24
@@ -182,7 +186,9 @@ def test_kernels_of_gpus_are_given_the_right_keys(backend: str, case: str) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ["sdpa", "varlen", "flash", "flash4", "xformers"])
-def test_what_a_gpu_runs_is_as_exact_as_the_definition(backend: str, case: str, dtype: torch.dtype) -> None:
+def test_what_a_gpu_runs_is_as_exact_as_the_definition(
+    backend: str, case: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     cuda = torch.device("cuda")
     if attention.lacks(backend, cuda, dtype, (64,)):
         if backend != "varlen":
@@ -190,9 +196,9 @@ def test_what_a_gpu_runs_is_as_exact_as_the_definition(backend: str, case: str, 
                 choose(backend, nn.Linear(1, 1), cuda, dtype)  # type: ignore[arg-type]
         return
     if backend == "flash4":
+        request.addfinalizer(torch.nn.attention.restore_flash_attention_impl)
         assert choose("flash4", nn.Linear(1, 1), cuda, dtype).backend == "flash4"
-    sizes = {"queries": 333, "dim": 64}
-    assert_as_exact_as_math(CASES[case], backend, dtype, cuda, **sizes)
+    assert_as_exact_as_math(CASES[case], backend, dtype, cuda, queries=333, dim=64)
 
 
 def test_kept_keys_come_first_in_their_order() -> None:
@@ -376,9 +382,8 @@ def test_processors_of_opensora_call_attend(backend: str, monkeypatch: pytest.Mo
     assert all(map(torch.equal, run(network), expected))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.usefixtures("stand_ins")
-def test_processors_of_diffusers_call_attend_compiled_too(checkpointing: str) -> None:
+def test_processors_of_diffusers_call_attend_compiled_too() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = PixArtTransformer2DModel(
@@ -397,7 +402,7 @@ def test_processors_of_diffusers_call_attend_compiled_too(checkpointing: str) ->
     set_attention(network, "xformers")
     assert attention.head_sizes(network) == (6,)
     torch.testing.assert_close(network(**given).sample, expected, rtol=1e-5, atol=1e-6)
-    apply_checkpointing(network, checkpointing)  # type: ignore[arg-type]
+    apply_checkpointing(network, "block")
     denoiser = OpenSoraDenoiser(network, Schedule.ddpm(prediction_type="v_prediction"))
     compile_blocks(network, Compilations(compile_bound(Roles(denoiser, denoiser, denoiser)), "aot_eager"))
     output = network(**given).sample
@@ -492,8 +497,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(notes, "say_once", notes.say_once.__wrapped__)
-    notes.say_once.cache_clear() if hasattr(notes.say_once, "cache_clear") else None
+    notes.say_once.cache_clear()
     yield packages
 
 
@@ -545,3 +549,39 @@ def test_a_mask_for_each_query_is_refused_by_what_cannot_take_it() -> None:
     set_attention(network, "math")
     with pytest.raises(ValueError, match=r"--attention math: OpenSoraAttnProcessor2_0 has .*a mask for each query"):
         network(torch.randn(4, 1, 12), attention_mask=torch.zeros(1, 2, 4, 4))
+
+
+# ---- a run
+
+
+def flags(teacher: Path, folder: Path, name: str) -> list[str]:
+    return [
+        *("--model", str(teacher), "--output_dir", str(folder / "run"), "--attention", name),
+        *("--device", "cpu", "--num_eval_videos", "0", "--cfg", "1"),
+    ]
+
+
+def test_train_refuses_before_any_work(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdm_fast.train.load_parts", lambda *_, **__: pytest.fail("weights are read"))
+    assert cli.main(["train", *flags(tiny_teacher, tmp_path, "flash")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("--attention flash: it needs a CUDA device (the run is on cpu)") == 1
+    assert "what would do: auto, sdpa, math" in errors and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "says"), [("auto", "ok", "sdpa, PyTorch's own"), ("flash4", "failed", "needs")]
+)
+def test_check_says_what_a_run_would_take(name: str, state: str, says: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    config = preflight.parse(flags(tiny_teacher, tmp_path, name))
+    row = next(row for row in preflight.rows(config) if row.name == "attention")
+    assert row.state == state and says in row.says and "6" in row.says
+
+
+def test_every_network_of_a_run_is_told(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = parse_train(flags(tiny_teacher, tmp_path, "math"))
+    state = make_state(load_pipeline(tiny_teacher).denoiser, config)
+    layers = [m for network in state.networks.models() for m in network.modules() if hasattr(m, "attention_backend")]
+    assert len(layers) == 3 * 3 * 2 and {layer.attention_backend for layer in layers} == {"math"}

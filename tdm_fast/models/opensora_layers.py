@@ -67,7 +67,7 @@ class TokenLayout:
     attention with n · heads heads over N / n tokens. n = 1 is dense attention.
 
     Everything else in a block treats its tokens one by one, so whole blocks run in their layout's order: tokens move
-    between blocks whose layouts differ, and blocks of both sparse orders are one program.
+    between blocks whose layouts differ, and without padding blocks of both sparse orders are one program.
 
     cos, sin: ``[N', 1, head_dim]`` in the arranged order, N' tokens with padding.
     lengths: of each subsequence how many keys count, the first ones, the rest being padding; None without padding.
