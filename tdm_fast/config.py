@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
+from tdm_fast.attention import Name as AttentionName
 from tdm_fast.distill import TDMConfig
 from tdm_fast.ranks import Sharding
 
@@ -84,6 +85,9 @@ class NetworksConfig:
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
     """`block` keeps a block's input and computes the rest again in the backward; `selective` also keeps what matrix
     products and attention gave."""
+    attention: AttentionName = "auto"
+    """What computes attention. `sdpa`: PyTorch's own kernels. `flash4`: FlashAttention 4 in their place. `flash`,
+    `xformers`: those packages. `math`: the definition, slow and large. `auto`: flash4 or sdpa."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, block by block. `auto` takes it on a GPU; on a CPU compiling takes a minute or more."""
     sharding: Sharding = "full"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
 import shutil
 import warnings
@@ -18,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, PreTrainedModel
 
-from tdm_fast import native, ops
+from tdm_fast import attention, native, ops
 from tdm_fast.check import Row, Rows, attempt
 from tdm_fast.encoders import CLASSES, Encoder
 from tdm_fast.memory import device_memory, gigabytes
@@ -39,7 +37,6 @@ KERNELS = {
     "math": SDPBackend.MATH,
 }
 """Of torch's scaled_dot_product_attention, by the names that it gives them."""
-ATTENTION_PACKAGES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface", "xformers": "xformers"}
 RTOL, ATOL = 1e-4, 1e-5
 """Between implementations of an op in float32, which add in different orders."""
 
@@ -185,14 +182,16 @@ def _calls(device: str) -> dict[str, Callable[..., Any]]:
 
 
 def attention_rows() -> Rows:
-    """Which kernels of torch's attention run on each device, and which further packages are there."""
+    """Which kernels of torch's attention run on each device, and what other backends lack to run."""
     for device in device_types():
         running = [name for name, kernel in KERNELS.items() if _runs(kernel, device)]
         fix = "" if running else "a build of torch with scaled_dot_product_attention for this device"
         yield Row(f"SDPA, {device}", "ok" if running else "failed", ", ".join(running) or "no kernel runs", fix)
-    for package, module in ATTENTION_PACKAGES.items():
-        there = importlib.util.find_spec(module) is not None
-        yield Row(package, "ok", importlib.metadata.version(package) if there else "not installed")
+    for backend, needs in attention.NEEDS.items():
+        version = f"{needs.package} {attention.installed(needs.package) or 'not installed'}" if needs.package else ""
+        missing = attention.lacks(backend, torch.device(device_types()[-1]), torch.bfloat16)
+        says = [version, f"needs {'; '.join(missing)}" if missing else "runs bfloat16 on cuda"]
+        yield Row(backend, "ok", ": ".join(filter(None, says)))
 
 
 def _runs(kernel: SDPBackend, device: str) -> bool:

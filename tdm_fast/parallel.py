@@ -36,7 +36,7 @@ KEPT_OPS = (
 """Ops of aten whose outputs selective checkpointing keeps: matmuls, and what torch's attention calls underneath."""
 KEPT_LIBRARIES = ("tdm_fast", "torch_attn", "flash_attn", "flash_attn_3", "xformers", "xformers_flash")
 """Libraries whose ops' outputs it keeps: this project's, torch's varlen attention, flash attention's own packages."""
-TEXT_LENGTH = {"text": 1, "encoder_hidden_states": 1, "text_mask": -1, "encoder_attention_mask": -1}
+TEXT_LENGTH = {"text": 1, "encoder_hidden_states": 1, "encoder_attention_mask": -1}
 """Arguments of a block that carry the text, and the dimension that is its length."""
 
 

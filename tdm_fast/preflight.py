@@ -29,6 +29,7 @@ from tdm_fast.models.sources import Sources
 from tdm_fast.prompt_store import check_cache, identity
 from tdm_fast.ranks import check_batch, planned, pretended
 from tdm_fast.sizing import checkpoint_bytes, refuse_what_cannot_fit
+from tdm_fast.step import choose_attention
 from tdm_fast.text import PromptCache
 from tdm_fast.train import (
     check_flags,
@@ -119,6 +120,9 @@ def part_rows(
     if found.value is None or any(check.row.state == "failed" for check in checks):
         return
     teacher = found.value
+    if device is not None:
+        wish = partial(choose_attention, config, teacher.denoiser.model, device)
+        yield find("attention", "--attention auto", wish, lambda choice: choice.says).row
     yield find("trajectory", "--num_steps, --total_steps, --timesteps", lambda: config.tdm.check(teacher.schedule)).row
     shapes = find("latents", "--video_sizes that divide", lambda: latent_shapes(config, teacher), _listed)
     yield shapes.row

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tdm_fast import attention
 from tdm_fast.checkpoint import Checkpoint, Groups
 from tdm_fast.config import OptimiserConfig, TrainConfig
 from tdm_fast.data import draw_prompts, draw_size
@@ -99,6 +100,12 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     return wish == "bf16" or (wish == "auto" and device.type == "cuda")
 
 
+def choose_attention(config: TrainConfig, model: nn.Module, device: torch.device) -> attention.Choice:
+    """What computes the networks' attention. Raises ValueError for a wish that cannot be."""
+    dtype = torch.bfloat16 if uses_bf16(config, device) else torch.float32
+    return attention.choose(config.networks.attention, model, device, dtype)
+
+
 def make_state(
     teacher: Denoiser, config: TrainConfig, ranks: Ranks | None = None, weights: Weights | None = None
 ) -> State:
@@ -129,7 +136,9 @@ def make_state(
                     " ranks; 1 would do"
                 )
             model.set_context_group(ranks.context_group)  # type: ignore[operator]
+    chosen = choose_attention(config, networks.roles.teacher.model, device)
     for model in networks.models():
+        attention.set_attention(model, chosen.backend)
         apply_checkpointing(model, n.activation_checkpointing)
     compilations = None
     if n.compile == "on" or (n.compile == "auto" and device.type == "cuda"):

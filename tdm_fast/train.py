@@ -56,7 +56,17 @@ from tdm_fast.report import finish
 from tdm_fast.sample import generate
 from tdm_fast.sharding import Collected, collect
 from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_cannot_fit, with_batch_size
-from tdm_fast.step import Batch, State, compile_now, make_batch, make_state, resolve_device, update, uses_bf16
+from tdm_fast.step import (
+    Batch,
+    State,
+    choose_attention,
+    compile_now,
+    make_batch,
+    make_state,
+    resolve_device,
+    update,
+    uses_bf16,
+)
 from tdm_fast.text import PromptCache, fingerprint
 from tdm_fast.video import to_uint8, write_video
 
@@ -66,7 +76,7 @@ NUM_VALIDATION_PROMPTS = 8
 FREE_FLAGS = {
     "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
     "num_eval_videos", "logging_steps", "max_skipped_steps", "report_to", "profile", "lora_save", "sharding",
-    "shard_size", "context_parallel", "reshard_after_forward", "gradient_accumulation_steps",
+    "shard_size", "context_parallel", "reshard_after_forward", "gradient_accumulation_steps", "attention",
 }  # fmt: skip
 # Flags that say where the teacher's parts are and what size it is; what counts is what comes of them.
 PLACES = {
@@ -147,12 +157,13 @@ def check_teacher(config: TrainConfig, sources: Sources) -> None:
 
 
 def check_model(config: TrainConfig, teacher: Pipeline) -> None:
-    """Raise ValueError for what a run wants of its teacher's weights, schedule and size and cannot have."""
+    """Raise ValueError for what a run wants of its teacher's weights, attention, schedule and size and cannot have."""
     if config.run.lora_save == "adapter" and teacher.weights and teacher.weights.changed:
         raise ValueError(
             f"--lora_save adapter: {teacher.folder} has an adapter or biases of its own beside its transformer,"
             " which another adapter would take the place of; merged would do"
         )
+    choose_attention(config, teacher.denoiser.model, resolve_device(config.networks.device))
     config.tdm.check(teacher.schedule)
     latent_shapes(config, teacher)
 

@@ -19,8 +19,9 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from tdm_fast.attention import kept_first
 from tdm_fast.models.context import Context, gather_tokens
-from tdm_fast.models.opensora_layers import OpenSoraBlock, TokenLayout, keep_something, rotary_tables
+from tdm_fast.models.opensora_layers import OpenSoraBlock, TokenLayout, rotary_tables
 
 # Blocks outside this range attend densely, whatever sparse1d says.
 FIRST_SPARSE_LAYER, LAST_SPARSE_LAYER = 2, 29
@@ -121,8 +122,8 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @property
     def block_kinds(self) -> int:
-        """How many programs the blocks are: one attends densely, one sparsely, in either order."""
-        return len({subsequences for subsequences, _ in self._layout_kinds})
+        """How many programs the blocks are at most: one for each layout; without padding both sparse orders are one."""
+        return len(set(self._layout_kinds))
 
     def _layout_kind(self, layer: int) -> LayoutKind:
         sparse = self.config.sparse1d and FIRST_SPARSE_LAYER <= layer <= LAST_SPARSE_LAYER
@@ -148,11 +149,6 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"{sizes}"
             )
         self._context = None if context is None or context.size == 1 else context
-        self._layout_cache.clear()
-
-    @property
-    def _own_heads(self) -> int:
-        return self.config.num_attention_heads // (1 if self._context is None else self._context.size)
 
     @torch.no_grad()
     def _initialise_weights(self) -> None:
@@ -211,19 +207,22 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         size = (hidden_states.shape[2], hidden_states.shape[3] // patch, hidden_states.shape[4] // patch)
 
         x = self.pos_embed(hidden_states.to(dtype))
-        text = self.caption_projection(encoder_hidden_states.squeeze(1).to(dtype))
+        text, text_lengths = encoder_hidden_states.squeeze(1), None
+        if encoder_attention_mask is not None:  # attention does not see the order of its keys
+            first, text_lengths = kept_first(encoder_attention_mask.squeeze(1).bool())
+            text = text.take_along_dim(first.unsqueeze(-1), dim=1)
+        text = self.caption_projection(text.to(dtype))
         embedded_timestep = self.adaln_single.emb(
             timestep, resolution=None, aspect_ratio=None, batch_size=x.shape[0], hidden_dtype=dtype
         )
         if added_time_embedding is not None:
             embedded_timestep = embedded_timestep + added_time_embedding.to(embedded_timestep.dtype)
         modulation = self.adaln_single.linear(self.adaln_single.silu(embedded_timestep)).unflatten(1, (6, -1))
-        text_mask = None if encoder_attention_mask is None else keep_something(encoder_attention_mask.bool())[:, None]
 
         layouts = self._layouts(size, x.device)
         if attention_mask is not None:
             keep = _pool_mask(attention_mask, size, patch)
-            layouts = {kind: layout.with_mask(keep, self._own_heads) for kind, layout in layouts.items()}
+            layouts = {kind: layout.with_mask(keep) for kind, layout in layouts.items()}
         tokens, rows, context = x.shape[1], x.shape[1], self._context
         if context is not None:
             rows = context.rows(tokens, max(subsequences for subsequences, _ in layouts) ** 2)
@@ -237,9 +236,9 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if kind != order:
                 x, order = layouts[kind].arrange(layouts[order].restore(x)), kind
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, text, text_mask, modulation, layouts[kind])
+                x = self._gradient_checkpointing_func(block, x, text, text_lengths, modulation, layouts[kind])
             else:
-                x = block(x, text, text_mask, modulation, layouts[kind])
+                x = block(x, text, text_lengths, modulation, layouts[kind])
         x = layouts[order].restore(x)
 
         table = self.scale_shift_table.to(x.dtype) + embedded_timestep.unsqueeze(1)
@@ -266,9 +265,7 @@ class OpenSoraT2V_v1_3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # Tensors made in inference mode could never be used in training again.
         with torch.inference_mode(False), torch.no_grad():
             cos, sin = rotary_tables(size, config.attention_head_dim, scales, device)
-            layouts = {
-                kind: TokenLayout.build(cos, sin, *kind, heads=self._own_heads) for kind in set(self._layout_kinds)
-            }
+            layouts = {kind: TokenLayout.build(cos, sin, *kind) for kind in set(self._layout_kinds)}
         if type(cos) is Tensor:  # a fake tensor of torch.compile or of a dry run must not stay behind
             while len(self._layout_cache) >= MAX_CACHED_LAYOUTS:
                 self._layout_cache.pop(next(iter(self._layout_cache)))

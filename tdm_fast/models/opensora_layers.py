@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from tdm_fast.attention import attend, keep_something
 from tdm_fast.models.context import Context, heads_to_tokens, tokens_to_heads
 
 ROPE_BASE = 10_000.0
@@ -66,18 +67,21 @@ class TokenLayout:
     attention with n · heads heads over N / n tokens. n = 1 is dense attention.
 
     Everything else in a block treats its tokens one by one, so whole blocks run in their layout's order: tokens move
-    between blocks whose layouts differ, and blocks of both sparse orders are one program.
+    between blocks whose layouts differ, and without padding blocks of both sparse orders are one program.
 
     cos, sin: ``[N', 1, head_dim]`` in the arranged order, N' tokens with padding.
-    mask: bool ``[B or 1, n · heads, 1, N' / n]``, True where a key counts, or None where all count.
+    lengths: of each subsequence how many keys count, the first ones, the rest being padding; None without padding.
+    mask: bool ``[B, n, 1, N' / n]``, True where a key counts, instead of lengths for a video that has a mask.
 
     With a ``context`` (:meth:`shared`) tokens are those of this rank, with ``padding`` of its own, and so are the rows
-    of cos and sin. Self-attention has the ``attended`` tokens of all ranks, which the mask is for, and heads / R heads.
+    of cos and sin. Self-attention has the ``attended`` tokens of all ranks, which lengths and mask are for, and
+    heads / R heads.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
+    lengths: tuple[int, ...] | None = None
+    mask: Tensor | None = None
     subsequences: int = 1
     swapped: bool = False
     padding: int = 0
@@ -85,24 +89,29 @@ class TokenLayout:
     attended: int | None = None
 
     @classmethod
-    def build(cls, cos: Tensor, sin: Tensor, subsequences: int, swapped: bool, heads: int) -> "TokenLayout":
+    def build(cls, cos: Tensor, sin: Tensor, subsequences: int, swapped: bool) -> "TokenLayout":
         """Layout for all tokens of the tables ``cos``, ``sin`` ``[N, 1, head_dim]`` in natural order, none masked."""
         tokens = cos.shape[0]
         padding = -tokens % subsequences**2
-        layout = cls(cos, sin, None, subsequences, swapped, padding)
+        layout = cls(cos, sin, None, None, subsequences, swapped, padding)
         # Not transpose: an axis of length 1 would keep a stride that differs from layout to layout.
         cos, sin = (layout.arrange(table.squeeze(1).unsqueeze(0)).squeeze(0).unsqueeze(1) for table in (cos, sin))
-        layout = dataclasses.replace(layout, cos=cos, sin=sin)
+        lengths = None
         if padding:
-            layout = layout.with_mask(torch.ones(1, tokens, dtype=torch.bool, device=cos.device), heads)
-        return layout
+            square, rest = subsequences**2, tokens % subsequences**2
+            lengths = tuple(
+                tokens // square * subsequences + min(max(rest - i * subsequences, 0), subsequences)
+                if swapped
+                else len(range(i, tokens, subsequences))
+                for i in range(subsequences)
+            )
+        return dataclasses.replace(layout, cos=cos, sin=sin, lengths=lengths)
 
-    def with_mask(self, keep: Tensor, heads: int) -> "TokenLayout":
+    def with_mask(self, keep: Tensor) -> "TokenLayout":
         """The same layout with only the keys where ``keep`` (bool ``[B, N]``) is True; padding never counts."""
         keep = self.arrange(keep.unsqueeze(-1)).squeeze(-1)
         keep = keep.unflatten(1, (-1, self.subsequences)).transpose(1, 2)  # [B, n, N' / n]
-        keep = keep_something(keep)[:, :, None, None].expand(-1, -1, heads, -1, -1)
-        return dataclasses.replace(self, mask=keep.flatten(1, 2))
+        return dataclasses.replace(self, lengths=None, mask=keep_something(keep).unsqueeze(2))
 
     def shared(self, context: Context, rows: int) -> "TokenLayout":
         """This layout of all tokens for the ``rows`` of this rank, a multiple of n².
@@ -138,13 +147,8 @@ class TokenLayout:
         return x.unflatten(1, (-1, n, n)).transpose(2, 3).flatten(1, 3)
 
 
-def keep_something(keep: Tensor) -> Tensor:
-    """Where a row of ``keep [..., keys]`` keeps nothing, keep everything: a softmax over no key is not a number."""
-    return keep | ~keep.any(dim=-1, keepdim=True)
-
-
 class Attention(nn.Module):
-    """Projections of a multi-head attention, named as in diffusers; the attention itself is torch's SDPA."""
+    """Projections of a multi-head attention, named as in diffusers, and the attention that is to run between them."""
 
     def __init__(self, dim: int, heads: int, bias: bool, dropout: float) -> None:
         super().__init__()
@@ -153,13 +157,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(dim, dim, bias=bias)
         self.to_v = nn.Linear(dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """``query, key, value [B, N, heads, head_dim]`` to ``[B, N, heads, head_dim]``."""
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-        )
-        return out.transpose(1, 2)
+        self.attention_backend = "sdpa"  # see tdm_fast.attention.set_attention
 
     def _project_out(self, x: Tensor) -> Tensor:
         return self.to_out[1](self.to_out[0](x))
@@ -179,7 +177,10 @@ class SelfAttention(Attention):
         if layout.subsequences > 1:
             folded = (x.shape[0], -1, layout.subsequences * self.heads, per_head[1])
             query, key, value = query.view(folded), key.view(folded), value.view(folded)
-        return self._project_out(self._attend(query, key, value, layout.mask).reshape(x.shape))
+        return self._project_out(self._attend(query, key, value, layout).reshape(x.shape))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
+        return attend(query, key, value, lengths=layout.lengths, mask=layout.mask, backend=self.attention_backend)
 
     def _attend_over_ranks(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> Tensor:
         """``query, key, value [B, n, heads, head_dim]`` of this rank's tokens to the like of them."""
@@ -189,7 +190,7 @@ class SelfAttention(Attention):
         if padding:
             together = together[:, :-padding]
         query, key, value = together.unbind(2)
-        out = self._attend(query, key, value, layout.mask)
+        out = self._attend(query, key, value, layout)
         if padding:
             out = F.pad(out, (0, 0, 0, 0, 0, padding))
         return heads_to_tokens(out, layout.context, layout.subsequences)
@@ -198,14 +199,15 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of all video tokens to the text; in sparse layers too, where the original only repeats K and V."""
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """``x [B, N, d]``, ``text [B, L, d]``, ``mask`` bool ``[B, 1, 1, L]`` (True = keep) or None; ``[B, N, d]``."""
+    def forward(self, x: Tensor, text: Tensor, lengths: Tensor | None) -> Tensor:
+        """``x [B, N, d]``, ``text [B, L, d]``, of which ``lengths [B]`` tokens count (None: all), to ``[B, N, d]``."""
         per_head = (self.heads, x.shape[-1] // self.heads)
         query, key, value = (
             project(source).unflatten(-1, per_head)
             for project, source in ((self.to_q, x), (self.to_k, text), (self.to_v, text))
         )
-        return self._project_out(self._attend(query, key, value, mask).flatten(2))
+        out = attend(query, key, value, lengths=lengths, backend=self.attention_backend)
+        return self._project_out(out.flatten(2))
 
 
 class OpenSoraBlock(nn.Module):
@@ -230,9 +232,9 @@ class OpenSoraBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, text_mask: Tensor | None, modulation: Tensor, layout: TokenLayout
+        self, x: Tensor, text: Tensor, text_lengths: Tensor | None, modulation: Tensor, layout: TokenLayout
     ) -> Tensor:
-        """``x [B, N', d]``, ``text [B, L, d]``, ``text_mask`` bool ``[B, 1, 1, L]`` or None, ``modulation [B, 6, d]``.
+        """``x [B, N', d]``, ``text [B, L, d]``, ``text_lengths`` int32 ``[B]`` or None, ``modulation [B, 6, d]``.
 
         x comes and returns in the order of ``layout``.
         A modulation's six parts are shift, scale, gate of the self-attention, then of the feed-forward.
@@ -242,6 +244,6 @@ class OpenSoraBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.unbind(1)
         modulated = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
         x = torch.addcmul(x, gate_attn, self.attn1(modulated, layout))
-        x = x + self.attn2(x, text, text_mask)
+        x = x + self.attn2(x, text, text_lengths)
         modulated = torch.addcmul(shift_ff, self.norm2(x), 1 + scale_ff)
         return torch.addcmul(x, gate_ff, self.ff(modulated))
