@@ -37,7 +37,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
     yield run
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks in (2, 4) for name in jobs_on(ranks)])
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        pytest.param(ranks, name, marks=pytest.mark.slow if ranks == 4 else ())
+        for ranks in (2, 4)
+        for name in jobs_on(ranks)
+    ],
+)
 def test_on_ranks(outcomes: Outcomes, ranks: int, name: str) -> None:
     for rank, results in enumerate(outcomes(ranks)):
         assert results.get(name, "did not run, see the first that failed") == "passed", f"rank {rank}"

@@ -188,6 +188,7 @@ def test_ranks_save_and_leave_when_torchrun_dies(torchrun: Torchrun, tmp_path: P
         assert not list(run.glob(".*.partial"))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_from_the_last_checkpoint(torchrun: Torchrun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = torchrun("--max_restarts=1", TORCHRUN_JOB, run, 6, "writing")

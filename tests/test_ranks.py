@@ -152,6 +152,7 @@ def test_one_process_in_place_of_several_is_said(monkeypatch: pytest.MonkeyPatch
     assert "`accelerate launch --cpu` has started one process" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on(alone: Path, tiny_teacher: Path, tmp_path: Path, start_command: Any) -> None:
     """Two ranks in shards make half of the run, one process the rest."""
     output = tmp_path / "run"
@@ -187,6 +188,7 @@ def children(process: subprocess.Popen[str], output: Path) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_others_down(tiny_teacher: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(torchrun(2), tiny_teacher, output, "--max_train_steps", "100000")

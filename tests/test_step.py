@@ -101,7 +101,8 @@ def test_every_option_trains_and_goes_on_to_the_bit(
     assert parse_train(["--config", str(tmp_path / "whole" / "config.yaml")]) == whole
 
 
-@pytest.mark.parametrize("roles", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("roles", ["full", "lora"])
 def test_checkpointing_changes_memory_and_nothing_else(roles: str, config: TrainConfig, tmp_path: Path) -> None:
     found = {}
     for kind in ("none", "block", "selective"):

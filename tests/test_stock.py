@@ -40,6 +40,7 @@ ONE_ITERATION = (
     " --student_learning_rate 1e-3 --timesteps 999 856 665 399"
 ).split()
 
+pytestmark = pytest.mark.usefixtures("known_estimates")
 every_family = pytest.mark.parametrize("name", PIPELINES)
 
 

@@ -62,7 +62,7 @@ print(f"{len(checked)} kernels compiled")
 """
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles(architecture: int, tmp_path: Path) -> None:
     """No spill and no stack frame; in a process of its own, whose kernels are not the interpreter's."""
     here = Path(__file__).parent
