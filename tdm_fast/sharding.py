@@ -19,7 +19,8 @@ gradients are all-reduced. With copies (`hybrid`) a reduced shard is all-reduced
 
 Under bf16 weights are gathered in it, and so what is computed has it from the patch embedding on, the residual stream
 as well: fp32 is for what adds up over iterations and ranks, master weights, moments and reductions. One process
-computes alike: autocast casts the weights of linears, and the network itself the fp32 tables of its modulation.
+computes alike: autocast casts the weights of linears, and the network itself the fp32 tables of its modulation. The
+networks of diffusers do not: in one process those tables, and what is multiplied by them, stay in fp32.
 """
 
 from __future__ import annotations
