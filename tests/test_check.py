@@ -119,6 +119,7 @@ def test_report(report: tuple[int, str]) -> None:
     assert "flash, math" in lines["SDPA,"] and "2.77 billion" in lines["registry"]
     for name in ("WFVAEModel", "CausalVAEModel", "t5", "mt5", "umt5", "clip", "disk", "xformers", "CUDA"):
         assert lines[name].startswith("  ok") or name == "disk"
+    assert "flash-attn-4 not installed: needs " in lines["flash4"]
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
