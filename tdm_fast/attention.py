@@ -264,8 +264,12 @@ NEEDS = {
     "varlen": Needs(majors=tuple(range(8, 13))),
     "flash": Needs("flash-attn", "2.7", tuple(range(8, 13)), multiple=1),  # older ones cannot be compiled
     "flash4": Needs("flash-attn-4", "0", (9, 10), largest=128),
-    "xformers": Needs("xformers", "0.0.29", tuple(range(7, 13)), (*HALF, torch.float32)),
+    "xformers": Needs("xformers", "0.0.29", (7, 8, 9), (*HALF, torch.float32)),  # its kernel with masks
 }
+
+
+PACKAGES = {"flash": "flash_attn", "xformers": "xformers.ops"}
+"""The modules that the packages' kernels are in."""
 
 
 class Choice(NamedTuple):
@@ -329,6 +333,8 @@ def choose(name: str, model: nn.Module, device: torch.device, dtype: torch.dtype
     missing = lacks(name, device, dtype, sizes)
     if not missing and name == "flash4":
         missing = _activation_fails()
+    elif not missing and name in PACKAGES:
+        missing = _import_fails(PACKAGES[name])
     if not missing and (strange := _not_patchable(model)):
         missing = [f"an attention of PyTorch's to take the place of ({strange} has none)"]
     if missing:
@@ -336,6 +342,15 @@ def choose(name: str, model: nn.Module, device: torch.device, dtype: torch.dtype
         fitting = ", ".join(other for other in ("auto", "sdpa", *others, "math") if other != name)
         raise ValueError(f"--attention {name}: it needs {'; '.join(missing)}; what would do: {fitting}")
     return Choice(name, f"{name}, as asked for: {says}")
+
+
+def _import_fails(module: str) -> list[str]:
+    """What lacks for a package that is installed, but may be built for another PyTorch."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        return [f"a package {module.split('.')[0]} that imports ({error})"]
+    return []
 
 
 def _activation_fails() -> list[str]:
@@ -440,8 +455,8 @@ def _attending(processor: type, backend: str) -> type:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
         if dropout_p or is_causal or per_query:
             raise ValueError(
-                f"--attention {backend}: {processor.__name__} has dropout, is causal or has a mask for each query; auto"
-                " and sdpa would do"
+                f"--attention {backend}: {processor.__name__} has dropout, is causal or has a mask for each query; sdpa"
+                " would do"
             )
         # Under autocast norms leave queries and keys in float32, which PyTorch's own would cast.
         query, key, value = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from tdm_fast.files import content_digest, read_json
+from tdm_fast.files import content_digest, read_json, weight_files
 from tdm_fast.models.networks import check_tensors, empty_network
 
 Kind = Literal["t5", "clip"]
@@ -185,11 +185,7 @@ class EncoderFiles:
                 f"{self.flag} {self.name}: the weights and config.json in {self.model} are not of one {cls.__name__}:"
                 f" {first_line(error)}"
             ) from error
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{self.flag} {self.name}: {self.model} lacks {len(missing)} weights of {cls.__name__}, {missing[0]}"
-                " first; copy or download it again"
-            )
+        refuse_missing(f"{self.flag} {self.name}: {self.model}", cls, info)
         return Encoder(self._load_tokenizer(), model.requires_grad_(False).eval(), self.kind, self.width, self.name)
 
     def _load_tokenizer(self) -> Any:
@@ -246,6 +242,14 @@ def needs_download(name: str | Path) -> bool:
     if Path(name).expanduser().exists() or not is_hub_name(str(name)):
         return False
     return _cached_encoder(str(name), "", None, None) is None
+
+
+def refuse_missing(what: str, cls: Any, info: dict[str, Any]) -> None:
+    """Raise ValueError, which begins with `what`, where transformers' loading info names missing weights."""
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{what} lacks {len(missing)} weights of {cls.__name__}, {missing[0]} first; copy or download it again"
+        )
 
 
 def check_width(encoder: Encoder | EncoderFiles, caption_channels: int, *, flag: str = "--text_encoder_name_1") -> None:
@@ -331,7 +335,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _weights(folder: Path) -> list[Path]:
     """A model's files of weights: safetensors, or where there are none torch's."""
-    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return weight_files(folder, "model*.safetensors") or weight_files(folder, "pytorch_model*.bin")
 
 
 def check_files(folder: Path, here: str) -> None:

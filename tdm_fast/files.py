@@ -49,6 +49,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def weight_files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
+    """A network's files of weights, sorted: of a repository's several precisions (`model.fp16.safetensors`) the one
+    without a name, which is what `from_pretrained` takes."""
+    return sorted(path for path in folder.glob(pattern) if path.name.count(".") == 1)
+
+
 def finish_checkpoint(partial: Path, target: Path, content: Mapping[str, Any]) -> None:
     """Give a filled folder its `state.json` and its name, in place of an older checkpoint if there is one.
 

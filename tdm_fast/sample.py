@@ -127,7 +127,7 @@ class SampleConfig:
     """Network calls: a student's own number, or 50 for a teacher, if not given."""
     guidance: float | None = None
     """Classifier-free guidance; 1 turns it off. If not given 1 for a student, a teacher's measured best if its folder
-    has one, else 7.5."""
+    has one, else 7.5, or what its pipeline in diffusers takes."""
     guidance_rescale: float = 0.0
     """How far to take guided outputs back to the deviation without guidance, 0 (not at all) to 1."""
     num_frames: int | None = None

@@ -37,6 +37,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from tdm_fast.files import weight_files
 from tdm_fast.guards import local
 from tdm_fast.models.blocks import blocks_of
 from tdm_fast.models.loading import Weights
@@ -148,7 +149,7 @@ def fill_(models: Sequence[nn.Module], weights: Weights, device: torch.device) -
         for leaf, buffer in module.named_buffers(recurse=False):
             setattr(module, leaf, buffer.to(device))
     wanted, seen = {name for places in (*homes, *tables) for name in places}, set()
-    for file in sorted(weights.folder.glob("*.safetensors")):
+    for file in weight_files(weights.folder):
         with safe_open(file, framework="pt") as tensors:
             for name in list(tensors.keys()):
                 seen.add(name)

@@ -91,6 +91,8 @@ class StockSampler:
             both = Conditioning.cat([conditioning, negative_conditioning.expand(count)]).to(device)
             conditioning, negative = both[:count], both[count:]
         sampler = self.pipeline.scheduler = self.sampler(num_inference_steps, timesteps)
+        few_step = isinstance(sampler, FewStepScheduler)  # others may take more timesteps than steps
+        steps = len(sampler.timesteps) if few_step else check_num_steps(num_inference_steps, sampler)
         noise = randn(count, self.model.latent_shape, seed=seed, sample_offset=sample_offset, device=device)
         frames, height, width = self.video_shape
         arguments = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
@@ -99,7 +101,7 @@ class StockSampler:
             **self.family.pixels(height, width, frames),
             **arguments,
             latents=self.family.stock_layout(noise),
-            num_inference_steps=len(sampler.timesteps),
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=step_generators(seed, count, sample_offset),
             output_type="latent",

@@ -20,8 +20,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tdm_fast.encoders import Encoder, EncoderFiles, check_files, first_line, quiet
-from tdm_fast.files import content_digest, read_json
+from tdm_fast.encoders import Encoder, EncoderFiles, check_files, first_line, quiet, refuse_missing
+from tdm_fast.files import content_digest, read_json, weight_files
 from tdm_fast.models.families import INDEX_FILE, StockFamily, class_name
 
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
@@ -57,14 +57,14 @@ class StockEncoder(Encoder):
 
     @property
     def limit(self) -> int:
-        return self.texts.family.tokens(self.texts.pipeline, self.texts.config)
+        return self.texts.family.limit(self.texts.pipeline, self.texts.config)
 
     def tokenize(self, prompts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """As many tokens of each prompt as it has states."""
         if self.slot == 1:
             return [[0]] * len(prompts)
         if not self.texts.family.unpadded:
-            return [[0] * self.limit] * len(prompts)
+            return [[0] * self.texts.family.tokens(self.texts.pipeline, self.texts.config)] * len(prompts)
         return self.tokenizer(list(prompts), truncation=True, max_length=self.limit, verbose=False).input_ids
 
     def encode(self, prompts: Sequence[str], max_length: int | None = None) -> list[Tensor]:
@@ -96,7 +96,7 @@ class StockText(EncoderFiles):
             for slot, (kind, _) in enumerate(kinds)
         ]
         found[0].check_tensors()
-        given = family.encoded_widths([each for each in found[0].configs.values() if each is not None])
+        given = family.encoded_widths(list(found[0].configs.values()), config)
         if given != family.widths(config):
             raise ValueError(
                 f"{folder}: its text encoders are {' and '.join(map(str, given))} wide, but its {family.part} takes"
@@ -126,13 +126,13 @@ class StockText(EncoderFiles):
         total = hashlib.sha256(f"{type(self.family).__name__} {self.slot}\n".encode())
         for part in self.family.encoders:
             for folder in (self.folder / part, self.folder / part.replace("text_encoder", "tokenizer")):
-                weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+                weights = weight_files(folder) or weight_files(folder, "*.bin")
                 for path in sorted({*weights, *(p for p in folder.glob("*") if p.suffix in TOKENIZER_SUFFIXES)}):
                     total.update(f"{folder.name}/{path.name} {content_digest(path)}\n".encode())
         return total.hexdigest()[:16]
 
     def check_tensors(self) -> None:
-        """Raise ValueError for weights that are not all there and whole, by the headers of their files."""
+        """Raise ValueError for files of weights that are not all there and whole; `load` looks at what is in them."""
         for part in self.family.encoders:
             if class_name(self.index, part) is not None:
                 check_files(self.folder / part, f"{self.flag} {self.name}")
@@ -162,13 +162,17 @@ class StockText(EncoderFiles):
                 with quiet():
                     parts[tokenizer] = transformers.AutoTokenizer.from_pretrained(self.folder / tokenizer)
                     if dtype is not None:
-                        model = getattr(transformers, name).from_pretrained(self.folder / part, dtype=dtype)
+                        model, info = getattr(transformers, name).from_pretrained(
+                            self.folder / part, dtype=dtype, output_loading_info=True
+                        )
                         parts[part] = model.requires_grad_(False).eval()
             except (RuntimeError, ValueError, OSError, KeyError, ImportError, AttributeError) as error:
                 raise ValueError(
                     f"{self.flag} {self.name}: its {part} or {tokenizer} cannot be loaded ({first_line(error)}); copy"
                     " or download the folder again"
                 ) from error
+            if part in parts:
+                refuse_missing(f"{self.flag} {self.name}: {part}", type(parts[part]), info)
         config = read_json(self.folder / self.part / "config.json")
         return Texts(bare_pipeline(self.index, parts), self.family, config)
 

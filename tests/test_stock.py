@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_networks import TEXT_TOKENS
 from tiny_pipelines import PIPELINES, PROMPTS, build, size
 from torch import Tensor
@@ -279,12 +279,73 @@ def test_wans_shift_survives_another_scheduler(folders: Callable[[str], Path]) -
 
 def test_the_networks_own_sizes(folders: Callable[[str], Path]) -> None:
     assert load_empty(Sources.of_folder(folders("sd15"))).video_shape == (1, 32, 32)
-    assert load_empty(Sources.of_folder(folders("wan"))).video_shape == (81, 480, 832)
+    wan = load_empty(Sources.of_folder(folders("wan")))
+    assert wan.video_shape == (81, 480, 832)
+    assert wan.family.own_size(wan.config, (4, 16, 16)) == (21, 30, 52)  # with the VAE of 2.2's TI2V-5B
 
 
 def edited(folder: Path, name: str, **changes: Any) -> None:
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without(file: Path, end: str) -> None:
+    """Take the tensor whose name ends so out of a file."""
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if name.endswith(end))]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_pixart_under_its_networks_former_name(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Published folders say Transformer2DModel, which diffusers reads as PixArtTransformer2DModel."""
+    folder = Path(shutil.copytree(folders("pixart_alpha"), tmp_path / "teacher"))
+    edited(folder, "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    edited(folder, "transformer/config.json", _class_name="Transformer2DModel", norm_type="ada_norm_single")
+    teacher = teacher_of(folder, "pixart_alpha")
+    save_student(tmp_path / "student", changed(teacher), folder, NODES, size=(1, 4, 6))
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "student").transformer) is type(teacher.denoiser.model)
+
+
+@torch.no_grad()
+def test_sd3_without_its_t5(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders("sd3"), tmp_path / "teacher"))
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / part)
+    edited(folder, "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    rows = texts(teacher_of(folder, "sd3")).batch([0, 1, 2]).tensors
+    stock = DiffusionPipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    for name, wanted in stock_texts(stock, "sd3", PROMPTS).items():
+        torch.testing.assert_close(rows[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_students_folder_loads_without_what_its_teachers_lacks(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders("sd15"), tmp_path / "teacher"))
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    edited(folder, "model_index.json", **checker)
+    teacher = teacher_of(folder, "sd15")
+    save_student(tmp_path / "student", teacher.denoiser.model, folder, NODES, size=(1, 4, 6))
+    assert DiffusionPipeline.from_pretrained(tmp_path / "student").safety_checker is None
+
+
+def test_a_text_encoder_that_lacks_weights_is_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders("sd15"), tmp_path / "teacher"))
+    without(folder / "text_encoder" / "model.safetensors", "q_proj.weight")
+    with pytest.raises(ValueError, match=r"text_encoder lacks 1 weights of CLIPTextModel, .*q_proj.weight first"):
+        texts(teacher_of(folder, "sd15"))
+
+
+def test_the_precision_without_a_name_is_taken(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders("sd15"), tmp_path / "teacher"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: (0 * tensor).half() for name, tensor in load_file(file).items()}
+    save_file(half, file.with_name("diffusion_pytorch_model.fp16.safetensors"), metadata={"format": "pt"})
+    plain, both = (Sources.of_folder(each) for each in (folders("sd15"), folder))
+    assert plain.digest("unet") == both.digest("unet")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"unet holds diffusion_pytorch_model.fp16.safetensors and no weights without"):
+        Sources.of_folder(folder)
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], None], list[str], str]] = {
@@ -303,6 +364,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], list[str], str]] = {
     "cogvideox's frames": ("cogvideox_2b", lambda f: None, ["--num_frames", "13"], r"num_frames is 13.*9 or 17"),
     "frames of an image": ("sd15", lambda f: None, ["--num_frames", "2"], r"num_frames is 2.*comes as 1, so 1"),
     "height": ("sd3", lambda f: None, ["--max_height", "40"], r"max_height is 40.*multiples of 16.*32 or 48"),
+    "positions": ("sd3", lambda f: None, ["--max_height", "112"], r"max_height is 112; .* positions for 12 latents"),
     "scheduler": (
         "sd15",
         lambda f: (

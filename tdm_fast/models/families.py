@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -36,6 +37,8 @@ class Family:
     """The classes of pipelines, as `model_index.json` names them."""
     network: Any
     """The class of the network."""
+    former_names: tuple[str, ...] = ()
+    """What published folders call that class besides."""
     denoiser: type[Denoiser]
 
     @property
@@ -47,9 +50,12 @@ class Family:
         """How frames, height and width come for a network of this config and a VAE of these strides."""
         return units(strides, config["patch_size"])
 
-    def own_size(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """`(T, H, W)` of the latents that a network of this config was trained on."""
+    def own_size(self, config: Mapping[str, Any], strides: tuple[int, int, int]) -> tuple[int, int, int]:
+        """`(T, H, W)` of the latents that a network of this config was trained on, with a VAE of these strides."""
         raise NotImplementedError
+
+    def check_size(self, config: Mapping[str, Any], size: Sequence[int], what: str) -> None:
+        """Raise ValueError, which says `what`, for latents of a size `(T, H, W)` that the network cannot place."""
 
     def latent_shape(self, config: Mapping[str, Any], size: Sequence[int]) -> tuple[int, ...]:
         """`(C, T, H, W)`, or for images `(C, H, W)`, of latents of a size `(T, H, W)`."""
@@ -68,7 +74,7 @@ class OpenSora(Family):
     network = OpenSoraT2V_v1_3
     denoiser = OpenSoraDenoiser
 
-    def own_size(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    def own_size(self, config: Mapping[str, Any], strides: tuple[int, int, int]) -> tuple[int, int, int]:
         frames, height, width = (config[f"sample_size_{axis}"] for axis in AXES)
         return frames, height, width
 
@@ -82,7 +88,9 @@ class StockFamily(Family):
     vae: Any = diffusers.AutoencoderKL
     """The class of its VAE."""
     encoders: tuple[str, ...] = ("text_encoder",)
-    """The parts that are text encoders; a pipeline may lack some of them, not the first."""
+    """The parts that are text encoders."""
+    optional: tuple[str, ...] = ()
+    """Those of them that a pipeline may lack."""
     unpadded = False
     """Whether states are kept without padding, because the network is given a mask, or zeros, for it."""
 
@@ -93,13 +101,17 @@ class StockFamily(Family):
         """The widths of text that a network of this config takes: of tokens, and of a pooled embedding, if any."""
         raise NotImplementedError
 
-    def encoded_widths(self, encoders: Sequence[Any]) -> tuple[int, ...]:
-        """The widths that encoders of these configs give."""
+    def encoded_widths(self, encoders: Sequence[Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+        """The widths that encoders of these configs, None for one that is not there, give the network."""
         return (hidden_size(encoders[0]),)
 
     def tokens(self, pipeline: Any, config: Mapping[str, Any]) -> int:
-        """The most tokens of a prompt that the network is given."""
+        """The most states of a prompt that the network is given."""
         raise NotImplementedError
+
+    def limit(self, pipeline: Any, config: Mapping[str, Any]) -> int:
+        """The most tokens of a prompt that `tokenizer` makes."""
+        return self.tokens(pipeline, config)
 
     def tokenizer(self, pipeline: Any) -> Any:
         """The one that decides what of a prompt is cut off."""
@@ -174,7 +186,7 @@ class Images(StockFamily):
         _, height, width = units(strides, config["patch_size"])
         return STILL, height, width
 
-    def own_size(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    def own_size(self, config: Mapping[str, Any], strides: tuple[int, int, int]) -> tuple[int, int, int]:
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return 1, height, width
@@ -188,6 +200,7 @@ class PixArt(Images):
 
     pipelines = ("PixArtAlphaPipeline",)
     network = diffusers.PixArtTransformer2DModel
+    former_names = ("Transformer2DModel",)
     denoiser = PixArtDenoiser
     unpadded = True
     most_tokens = 120
@@ -199,6 +212,7 @@ class PixArt(Images):
         return self.most_tokens
 
     def states(self, pipeline: Any, config: Mapping[str, Any], prompts: list[str]) -> tuple[list[Tensor], ...]:
+        # Without clean_caption, which would make of a prompt what packages that may be missing make of it.
         states, mask, *_ = pipeline.encode_prompt(prompts, False, max_sequence_length=self.most_tokens)
         return ([row[:length] for row, length in zip(states, mask.sum(1).tolist(), strict=True)],)
 
@@ -254,7 +268,7 @@ class StableDiffusionXL(StableDiffusion):
         ids = 6 * config["addition_time_embed_dim"]
         return config["cross_attention_dim"], config["projection_class_embeddings_input_dim"] - ids
 
-    def encoded_widths(self, encoders: Sequence[Any]) -> tuple[int, ...]:
+    def encoded_widths(self, encoders: Sequence[Any], config: Mapping[str, Any]) -> tuple[int, ...]:
         return sum(map(hidden_size, encoders)), encoders[-1].projection_dim
 
     def states(self, pipeline: Any, config: Mapping[str, Any], prompts: list[str]) -> tuple[list[Tensor], ...]:
@@ -272,25 +286,35 @@ class SD3(Images):
     network = diffusers.SD3Transformer2DModel
     denoiser = SD3Denoiser
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    optional = ("text_encoder_3",)
     most_tokens = 256
     """Of the T5's; the CLIPs' 77 come before them."""
-    width_without_t5 = 4096
+
+    def check_size(self, config: Mapping[str, Any], size: Sequence[int], what: str) -> None:
+        most = config["pos_embed_max_size"] * config["patch_size"]
+        if max(size[1:]) > most:
+            raise ValueError(f"{what}; the network has positions for {most} latents of height and width at most")
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         return config["joint_attention_dim"], config["pooled_projection_dim"]
 
-    def encoded_widths(self, encoders: Sequence[Any]) -> tuple[int, ...]:
-        first, second, *third = encoders
+    def encoded_widths(self, encoders: Sequence[Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+        first, second, third = encoders
         pooled = first.projection_dim + second.projection_dim
-        return hidden_size(third[0]) if third else self.width_without_t5, pooled
+        return config["joint_attention_dim"] if third is None else hidden_size(third), pooled
 
     def tokens(self, pipeline: Any, config: Mapping[str, Any]) -> int:
         return pipeline.tokenizer.model_max_length + self.most_tokens
+
+    def limit(self, pipeline: Any, config: Mapping[str, Any]) -> int:
+        return pipeline.tokenizer.model_max_length if pipeline.tokenizer_3 is None else self.most_tokens
 
     def tokenizer(self, pipeline: Any) -> Any:
         return pipeline.tokenizer if pipeline.tokenizer_3 is None else pipeline.tokenizer_3
 
     def states(self, pipeline: Any, config: Mapping[str, Any], prompts: list[str]) -> tuple[list[Tensor], ...]:
+        if pipeline.transformer is None:  # whose config says how wide the zeros in a missing T5's place are
+            pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
         states, _, pooled, _ = pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.most_tokens
         )
@@ -317,7 +341,7 @@ class CogVideoX(StockFamily):
         (first, step, stride), height, width = units(strides, config["patch_size"])
         return Unit(first, 2 * step, stride), height, width  # the VAE decodes latents in pairs after the first
 
-    def own_size(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    def own_size(self, config: Mapping[str, Any], strides: tuple[int, int, int]) -> tuple[int, int, int]:
         frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
         return frames, config["sample_height"], config["sample_width"]
 
@@ -360,8 +384,9 @@ class Wan(StockFamily):
     def axes(self, config: Mapping[str, Any], strides: tuple[int, int, int]) -> tuple[Unit, Unit, Unit]:
         return units(strides, config["patch_size"][1])
 
-    def own_size(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        return 21, 60, 104  # 81 x 480 x 832, the pipeline's; no config says it
+    def own_size(self, config: Mapping[str, Any], strides: tuple[int, int, int]) -> tuple[int, int, int]:
+        frames, height, width = strides  # 81 x 480 x 832, the pipeline's; no config says it
+        return 80 // frames + 1, 480 // height, 832 // width
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         return (config["text_dim"],)

@@ -114,7 +114,7 @@ class Pipeline:
             return False
         config = read_json(self.sources.transformer / "config.json")
         try:
-            return self.family.time_and_space(self.latent_shape) == self.family.own_size(config)
+            return self.family.time_and_space(self.latent_shape) == self.family.own_size(config, self.vae.strides)
         except KeyError:
             return False
 
@@ -149,7 +149,9 @@ class Pipeline:
         """
         lengths = [int(number) for number in size.split("x")]
         axes = self.family.axes(self.config, self.vae.strides)
-        return self.family.latent_shape(self.config, latents_of(lengths, axes, f"--video_sizes {size}"))
+        latents = latents_of(lengths, axes, f"--video_sizes {size}")
+        self.family.check_size(self.config, latents, f"--video_sizes {size}")
+        return self.family.latent_shape(self.config, latents)
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
@@ -233,7 +235,7 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
         tokenizer=None,
         text_encoder=None,
         scheduler=scheduler,
-        latent_shape=OPENSORA.latent_shape(transformer.config, OPENSORA.own_size(transformer.config)),
+        latent_shape=OPENSORA.latent_shape(transformer.config, OPENSORA.own_size(transformer.config, vae.strides)),
         weights=None if sources.transformer is None else Weights(sources.transformer, products, replaced),
         timesteps=own.timesteps,
         trajectories=own.trajectories,
@@ -262,10 +264,11 @@ def _load_stock(
     for check in weight_checks(sources).values():
         check()
     axes = family.axes(config, vae.strides)
-    size = list(own.size or family.own_size(config))
+    size = list(own.size or family.own_size(config, vae.strides))
     for axis, (flag, asked) in enumerate(zip(SIZE_FLAGS, sources.size, strict=True)):
         if asked is not None:
             size[axis] = axes[axis].latents(asked, f"--{flag} is {asked}")
+            family.check_size(config, size, f"--{flag} is {asked}")
     network = (empty_network if "transformer" in empty else load_network)(folder, family.network)
     network.requires_grad_(False).eval()
     if "vae" not in empty:

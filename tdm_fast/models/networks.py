@@ -10,12 +10,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from tdm_fast.files import read_json
+from tdm_fast.files import read_json, weight_files
 
 
 def check_weights(folder: Path) -> None:
     """Refuse a network's folder that lacks its config or safetensors, or whose files are cut short or not all there."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
+    if not files and (others := sorted(path.name for path in folder.glob("*.safetensors"))):
+        raise ValueError(
+            f"{folder} holds {others[0]} and no weights without a precision in their name; rename them, or download"
+            " those as well"
+        )
     if not files or not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is half-written: it takes config.json and weights as *.safetensors")
     for file in files:
@@ -39,7 +44,7 @@ def check_tensors(folder: Path, cls: Any, *, others: bool = False) -> None:
     `others` says that tensors that are no part of it may be there. Weights in other files show only when loaded.
     """
     found: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118, no mapping
     if not found:

@@ -16,7 +16,7 @@ import diffusers
 
 from tdm_fast.encoders import CLASSES as ENCODERS
 from tdm_fast.encoders import EncoderFiles, find_encoder
-from tdm_fast.files import content_digest, read_json
+from tdm_fast.files import content_digest, read_json, weight_files
 from tdm_fast.models import registry, upstream
 from tdm_fast.models.families import INDEX_FILE, OPENSORA, Family, StockFamily, class_name, family_of
 from tdm_fast.models.networks import check_weights
@@ -74,16 +74,22 @@ class Sources:
         """The parts of the folder of one of diffusers' pipelines."""
         index = read_json(folder / INDEX_FILE)
         family.refuse(index, folder)
-        wanted = {family.part: family.network.__name__, "vae": family.vae.__name__}
+        wanted: dict[str, tuple[str, ...] | None] = {
+            family.part: (family.network.__name__, *family.former_names),
+            "vae": (family.vae.__name__,),
+            **{part: None for part in family.encoders if part not in family.optional},
+        }
         for part, known in wanted.items():
-            if (found := class_name(index, part)) != known:
+            found = class_name(index, part)
+            if found is None or (known is not None and found not in known):
+                takes = "one" if known is None else f"a {known[0]}"
                 raise ValueError(
-                    f"{folder} holds a {index['_class_name']} whose {part} is a {found}; it takes a {known} there"
+                    f"{folder} holds a {index['_class_name']} whose {part} is a {found}; it takes {takes} there"
                 )
-        needed = [family.part, "vae", "scheduler", family.encoders[0]]
+        needed = [*wanted, "scheduler"]
         if missing := [part for part in needed if not any((folder / part).glob("*"))]:
             raise ValueError(f"{folder} is half-written: {', '.join(missing)} missing; copy or make the folder again")
-        for part in wanted:
+        for part in (family.part, "vae"):
             check_weights(folder / part)
         encoder, *second = StockText.find(folder, family)
         return cls(
@@ -199,7 +205,8 @@ class Sources:
         """The folder of each part, by its name in a pipeline."""
         if isinstance(self.family, StockFamily):
             index = read_json(self.folder / INDEX_FILE)
-            return {part: self.folder / part for part in index if class_name(index, part)}
+            present = [part for part in index if class_name(index, part) and (self.folder / part).is_dir()]
+            return {part: self.folder / part for part in present}
         places: dict[str, Path | None] = {"transformer": self.transformer, "vae": self.vae, "scheduler": self.scheduler}
         for encoder, suffix in zip(self.encoders, ("", "_2"), strict=False):
             places |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}
@@ -208,17 +215,14 @@ class Sources:
     def files_of(self, part: str) -> list[Path]:
         """A part's own files, sorted by name, also where one folder holds an encoder and its tokenizer."""
         folder = self.folders[part]
-        if folder is None or not folder.is_dir():
+        if folder is None:
             return []
         files = sorted(path for path in folder.iterdir() if path.is_file())
         if part.startswith("tokenizer"):
             return [path for path in files if path.suffix in (".json", ".model", ".txt") and ".index." not in path.name]
         if part in ("scheduler", "feature_extractor"):
             return files
-        weights = [path for path in files if path.suffix == ".safetensors"]
-        weights = weights or [path for path in files if path.suffix in WEIGHTS]
-        # Of a repository's several precisions the one that from_pretrained takes.
-        weights = [path for path in weights if path.name.count(".") == 1] or weights
+        weights = weight_files(folder) or [path for path in files if path.suffix in WEIGHTS]
         about = {path for path in files if path.name == "config.json"}
         about |= {path for path in files if weights and path.name.endswith(f"{weights[0].suffix}.index.json")}
         return sorted({*weights, *about})
@@ -271,8 +275,13 @@ class Sources:
     def _index(self) -> dict[str, Any]:
         """A pipeline's index: the folder's own, with the entries of parts from elsewhere."""
         if self.family is not OPENSORA:
-            return read_json(self.folder / INDEX_FILE)
-        index: dict[str, Any] = {"_class_name": "OpenSoraPipeline"}
+            index: dict[str, Any] = read_json(self.folder / INDEX_FILE)
+            absent = [part for part in index if class_name(index, part) and part not in self.folders]
+            index |= {part: [None, None] for part in absent}
+            if "safety_checker" in absent:
+                index["requires_safety_checker"] = False
+            return index | {self.family.part: ["diffusers", self.family.network.__name__]}
+        index = {"_class_name": "OpenSoraPipeline"}
         if (path := self.folder / INDEX_FILE).is_file():
             entries = read_json(path).items()
             index = {part: entry for part, entry in entries if part in self.folders or part not in SECOND_PARTS}
