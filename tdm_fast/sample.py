@@ -18,6 +18,7 @@ from tdm_fast.config import BUNDLED_TEACHER, ModelConfig
 from tdm_fast.encoders import EncoderFiles
 from tdm_fast.models.families import OPENSORA
 from tdm_fast.models.loading import Pipeline, load_metrics, load_parts
+from tdm_fast.models.roles import cast_frozen
 from tdm_fast.models.sources import Sources
 from tdm_fast.philox import randn
 from tdm_fast.pipeline import (
@@ -220,9 +221,9 @@ def sample(config: SampleConfig) -> None:
     # The encoders are gone before the other networks come; the package's pipeline encodes by itself.
     cache = None if upstream else encode(empty.encoders, prompts, config.negative_prompt, device, dtype)
     model = load_parts(sources, empty=set() if upstream else {"text_encoder"})
-    for network in (model.denoiser.model, model.text_encoder):
-        if network is not None:
-            nn.Module.to(network, dtype)  # diffusers' own warns of modules to be kept in float32, naming none
+    cast_frozen(model.denoiser.model, dtype)
+    if model.text_encoder is not None:
+        nn.Module.to(model.text_encoder, dtype)
     pipeline, arguments = prepare(model.to(device), config)
     if config.enable_tiling:
         pipeline.enable_vae_tiling()

@@ -246,7 +246,7 @@ def make_networks(
         for name, denoiser in zip(TRAINED, copies, strict=True):
             denoiser.context = RunWith(adapters, name)
     if teacher_dtype is not None:
-        _cast_frozen(frozen, teacher_dtype)
+        cast_frozen(frozen, teacher_dtype)
     if unify is not None:
         for denoiser in copies:
             dim = denoiser.time_embedding().out_features
@@ -265,7 +265,7 @@ def _trainable_copy(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
     return copy.deepcopy(denoiser, memo).train()
 
 
-def _cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
+def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
     """Cast what does not train, buffers included; adapters, and what diffusers keeps in fp32, keep their dtype."""
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     for path, module in network.named_modules():
