@@ -366,8 +366,11 @@ def test_noise_levels_are_the_models_own() -> None:
         scheduler = make_scheduler(name, own)
         assert torch.equal(scheduler.alphas_cumprod, own.alphas_cumprod)
         assert not scheduler.config.get("clip_sample") or name in ("euler", "euler-ancestral", "dpm++")
+    own.alphas_cumprod = own.alphas_cumprod**2  # what no config says
     with pytest.raises(ValueError, match="--scheduler ddim: DDIMScheduler cannot have the noise levels of the model's"):
-        make_scheduler("ddim", CogVideoXDDIMScheduler())
+        make_scheduler("ddim", own)
+    with pytest.raises(ValueError, match="--scheduler ddpm: .* CogVideoXDDIMScheduler; it takes few-step, ddim"):
+        make_scheduler("ddpm", CogVideoXDDIMScheduler())
 
 
 def test_the_command_takes_schedulers_sizes_and_files(
