@@ -14,6 +14,7 @@ from bench_step import MODELS
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_the_page_is_arithmetic_on_what_was_counted() -> None:
     script = runpy.run_path(str(BENCHMARKS / "scaling"))
     forward, held = 4e14, 3e10

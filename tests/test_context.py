@@ -40,7 +40,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
 @pytest.mark.parametrize(
     ("ranks", "name"),
     [
-        pytest.param(ranks, name, marks=pytest.mark.slow if ranks == 4 else ())
+        pytest.param(ranks, name, marks=pytest.mark.slow if ranks == 4 or name == "exchanges" else ())
         for ranks in (2, 4)
         for name in jobs_on(ranks)
     ],
