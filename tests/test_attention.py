@@ -510,6 +510,10 @@ def test_the_choice_on_a_gpu(
     assert choose("auto", unfit, cuda, bf16).backend == "sdpa"
     assert not capsys.readouterr().err
     hopper |= {"flash-attn": "2.8.3", "xformers": "0.0.35", "flash-attn-4": "4.0.0b5"}
+    with pytest.raises(ValueError, match=r"flash: it needs a package flash_attn that imports \(No module named"):
+        choose("flash", unfit, cuda, bf16)  # said to be installed, and not there
+    for module in ("flash_attn", "xformers", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     assert choose("flash", unfit, cuda, bf16).backend == "flash"
     assert choose("xformers", fit, cuda, torch.float32).backend == "xformers"
     with pytest.raises(ValueError, match=r"xformers: it needs head sizes .*; what would do: auto, sdpa, flash, math"):
