@@ -124,7 +124,10 @@ def compare(
     }
     write_video(output / "comparison.mp4", _labelled(videos, names, prompts))
     stills = {
-        name: [grid([[clip[i][None] for i in sorted({0, len(clip) // 2, len(clip) - 1})]], gap=1) for clip in row[:NUM_PICTURED]]
+        name: [
+            grid([[clip[i][None] for i in sorted({0, len(clip) // 2, len(clip) - 1})]], gap=1)
+            for clip in row[:NUM_PICTURED]
+        ]
         for name, row in videos.items()
     }
     write_video(output / "comparison.png", _labelled(stills, names, prompts[:NUM_PICTURED]))

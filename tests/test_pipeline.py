@@ -369,7 +369,7 @@ def test_noise_levels_are_the_models_own() -> None:
     own.alphas_cumprod = own.alphas_cumprod**2  # what no config says
     with pytest.raises(ValueError, match="--scheduler ddim: DDIMScheduler cannot have the noise levels of the model's"):
         make_scheduler("ddim", own)
-    with pytest.raises(ValueError, match="--scheduler ddpm: .* CogVideoXDDIMScheduler; it takes few-step, ddim"):
+    with pytest.raises(ValueError, match=r"--scheduler ddpm: .* CogVideoXDDIMScheduler; it takes few-step, ddim"):
         make_scheduler("ddpm", CogVideoXDDIMScheduler())
 
 
