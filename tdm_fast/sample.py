@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import arg
 
 from tdm_fast.config import BUNDLED_TEACHER, ModelConfig
@@ -223,7 +223,7 @@ def sample(config: SampleConfig) -> None:
     model = load_parts(sources, empty=set() if upstream else {"text_encoder"})
     cast_frozen(model.denoiser.model, dtype)
     if model.text_encoder is not None:
-        nn.Module.to(model.text_encoder, dtype)
+        model.text_encoder.to(dtype)
     pipeline, arguments = prepare(model.to(device), config)
     if config.enable_tiling:
         pipeline.enable_vae_tiling()

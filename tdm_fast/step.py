@@ -100,6 +100,15 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     return wish == "bf16" or (wish == "auto" and device.type == "cuda")
 
 
+def check_context(context_parallel: int, model: nn.Module) -> None:
+    """Raise ValueError for a network that cannot split a sample's tokens over ranks and is to."""
+    if context_parallel > 1 and not hasattr(model, "set_context_group"):
+        raise ValueError(
+            f"--context_parallel {context_parallel}: a {type(model).__name__} cannot split a sample's tokens over"
+            " ranks; 1 would do"
+        )
+
+
 def choose_attention(config: TrainConfig, model: nn.Module, device: torch.device) -> attention.Choice:
     """What computes the networks' attention. Raises ValueError for a wish that cannot be."""
     dtype = torch.bfloat16 if uses_bf16(config, device) else torch.float32
@@ -130,11 +139,7 @@ def make_state(
     )
     if ranks.context_group is not None:
         for model in networks.models():
-            if not hasattr(model, "set_context_group"):
-                raise ValueError(
-                    f"--context_parallel {ranks.context}: {type(model).__name__} cannot split a sample's tokens over"
-                    " ranks; 1 would do"
-                )
+            check_context(ranks.context, model)
             model.set_context_group(ranks.context_group)  # type: ignore[operator]
     chosen = choose_attention(config, networks.roles.teacher.model, device)
     for model in networks.models():

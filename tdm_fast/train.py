@@ -59,6 +59,7 @@ from tdm_fast.sizing import Costs, iteration_flops, measure_costs, refuse_what_c
 from tdm_fast.step import (
     Batch,
     State,
+    check_context,
     choose_attention,
     compile_now,
     make_batch,
@@ -140,16 +141,6 @@ def check_teacher(config: TrainConfig, sources: Sources) -> None:
             f"--cfg {config.tdm.cfg:g}: {sources.folder} is distilled and knows no null prompt that guidance could lead"
             " away from; --cfg 1 would do"
         )
-    if sources.family is not OPENSORA:
-        name = sources.family.network.__name__
-        if config.networks.context_parallel > 1:
-            raise ValueError(
-                f"--context_parallel {config.networks.context_parallel}: a {name}'s tokens cannot be split over ranks;"
-                " it takes 1"
-            )
-        if config.tdm.unify is not None:
-            numbers = " ".join(map(str, config.tdm.unify))
-            raise ValueError(f"--unify {numbers}: a {name} cannot be told its number of steps; leave it out")
     if config.run.lora_save == "adapter" and not sources.has_weights:
         raise ValueError(
             f"--lora_save adapter: {sources.name} has no weights on disk to keep beside the adapter; merged would do"
@@ -157,13 +148,16 @@ def check_teacher(config: TrainConfig, sources: Sources) -> None:
 
 
 def check_model(config: TrainConfig, teacher: Pipeline) -> None:
-    """Raise ValueError for what a run wants of its teacher's weights, attention, schedule and size and cannot have."""
+    """Raise ValueError for what a run wants of its teacher's network, schedule and size and cannot have."""
     if config.run.lora_save == "adapter" and teacher.weights and teacher.weights.changed:
         raise ValueError(
             f"--lora_save adapter: {teacher.folder} has an adapter or biases of its own beside its transformer,"
             " which another adapter would take the place of; merged would do"
         )
     choose_attention(config, teacher.denoiser.model, resolve_device(config.networks.device))
+    check_context(config.networks.context_parallel, teacher.denoiser.model)
+    if config.tdm.unify is not None:
+        teacher.denoiser.time_embedding()  # raises where there is none to tell
     config.tdm.check(teacher.schedule)
     latent_shapes(config, teacher)
 

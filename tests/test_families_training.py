@@ -270,17 +270,24 @@ def test_two_ranks_are_one(name: str, kind: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_in_bf16(kind: Any, tmp_path: Path) -> None:
-    """Shards of a frozen network of two dtypes, and of a trained one that is gathered in bf16."""
+    """Shards of a frozen network of two dtypes, and of a trained one that is gathered in bf16: at most twice as far
+    from fp32's losses as one rank is, plus what bf16 rounds a loss's own number by."""
     network("wan").save_pretrained(tmp_path)
     config = with_flags(CONFIG, roles=kind, lora_rank=2, mixed_precision="bf16")
+    _, exact = iterate("wan", with_flags(config, mixed_precision="no"), 2)
     _, alone = iterate("wan", config, 2)
+
+    def error(rows: list[dict[str, float]]) -> float:
+        return max(abs(row["loss_fake"] / wanted["loss_fake"] - 1) for row, wanted in zip(rows, exact, strict=True))
+
     for rows, _ in run_ranks(2, on_a_rank, "wan", config, 2, tmp_path):
-        assert [row["loss_fake"] for row in rows] == pytest.approx([row["loss_fake"] for row in alone], rel=0.1)
+        assert error(rows) <= 2 * error(alone) + torch.finfo(torch.bfloat16).eps
 
 
 def test_context_parallel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "context_group", object())
-    with pytest.raises(ValueError, match="--context_parallel 1: WanTransformer3DModel cannot split a sample's tokens"):
+    monkeypatch.setattr(Ranks, "context", 2)
+    with pytest.raises(ValueError, match="--context_parallel 2: a WanTransformer3DModel cannot split a sample's"):
         make_state(denoiser("wan"), CONFIG)
 
 

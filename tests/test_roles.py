@@ -301,7 +301,7 @@ def test_a_denoiser_gives_any_network_its_own_dtype() -> None:
     assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.float32]
     with pytest.raises(ValueError, match=r"Network has no blocks with linears named attn"):
         make_networks(teacher, kind="lora")
-    with pytest.raises(ValueError, match=r"Denoiser: this family of networks cannot be told its number of steps"):
+    with pytest.raises(ValueError, match=r"unify: a .* cannot be told its number of steps; leave it out"):
         make_networks(teacher, unify=UNIFY)
 
 

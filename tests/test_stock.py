@@ -364,7 +364,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], list[str], str]] = {
     "cogvideox's frames": ("cogvideox_2b", lambda f: None, ["--num_frames", "13"], r"num_frames is 13.*9 or 17"),
     "frames of an image": ("sd15", lambda f: None, ["--num_frames", "2"], r"num_frames is 2.*comes as 1, so 1"),
     "height": ("sd3", lambda f: None, ["--max_height", "40"], r"max_height is 40.*multiples of 16.*32 or 48"),
-    "positions": ("sd3", lambda f: None, ["--max_height", "112"], r"max_height is 112; .* positions for 12 latents"),
+    "positions": ("sd3", lambda f: None, ["--max_height", "112"], r"max_height is 112; .* positions for 96 pixels"),
     "scheduler": (
         "sd15",
         lambda f: (
@@ -373,8 +373,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], list[str], str]] = {
         )[0], [],
         r"scheduler.*RePaintScheduler.*must be one of",
     ),
-    "unify": ("sd15", lambda f: None, ["--unify", "2", "4"], r"--unify 2 4: a UNet2DCond.* cannot be told"),
-    "context": ("wan", lambda f: None, ["--context_parallel", "2"], r"--context_parallel 2: a Wan.* cannot be split"),
+    "unify": ("sd15", lambda f: None, ["--unify", "2", "4"], r"unify: a UNet2D.* cannot be told .*; leave it out"),
     "timesteps": (
         "sd15", lambda f: None, ["--timesteps", "999", "856", "900"],
         r"timesteps are 999 856 900; they must descend strictly",

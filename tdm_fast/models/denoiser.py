@@ -177,7 +177,7 @@ class Denoiser(nn.Module):
 
         A family of networks whose `call_model` passes `added_time_embedding` on overrides it; others raise ValueError.
         """
-        raise ValueError(f"{type(self).__name__}: this family of networks cannot be told its number of steps (unify)")
+        raise ValueError(f"unify: a {type(self.model).__name__} cannot be told its number of steps; leave it out")
 
     def added_time_embedding(self, conditioning: Conditioning) -> Tensor | None:
         """`[B, d]` to add to the time embedding's output, or None for a network that is not told K."""

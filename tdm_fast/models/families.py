@@ -33,8 +33,8 @@ INDEX_FILE = "model_index.json"
 class Family:
     """What differs between teachers; `tdm_fast.models.families.OPENSORA` and `STOCK` are all of them."""
 
-    pipelines: tuple[str, ...]
-    """The classes of pipelines, as `model_index.json` names them."""
+    pipeline: str
+    """The class of its pipeline, as `model_index.json` names it."""
     network: Any
     """The class of the network."""
     former_names: tuple[str, ...] = ()
@@ -54,7 +54,9 @@ class Family:
         """`(T, H, W)` of the latents that a network of this config was trained on, with a VAE of these strides."""
         raise NotImplementedError
 
-    def check_size(self, config: Mapping[str, Any], size: Sequence[int], what: str) -> None:
+    def check_size(
+        self, config: Mapping[str, Any], size: Sequence[int], strides: tuple[int, int, int], what: str
+    ) -> None:
         """Raise ValueError, which says `what`, for latents of a size `(T, H, W)` that the network cannot place."""
 
     def latent_shape(self, config: Mapping[str, Any], size: Sequence[int]) -> tuple[int, ...]:
@@ -70,7 +72,7 @@ class Family:
 class OpenSora(Family):
     """Open-Sora Plan v1.3, this project's own networks."""
 
-    pipelines = ("OpenSoraPipeline",)
+    pipeline = "OpenSoraPipeline"
     network = OpenSoraT2V_v1_3
     denoiser = OpenSoraDenoiser
 
@@ -198,7 +200,7 @@ class Images(StockFamily):
 class PixArt(Images):
     """PixArt-α: T5, whose padding is masked; a network that predicts variances as well."""
 
-    pipelines = ("PixArtAlphaPipeline",)
+    pipeline = "PixArtAlphaPipeline"
     network = diffusers.PixArtTransformer2DModel
     former_names = ("Transformer2DModel",)
     denoiser = PixArtDenoiser
@@ -232,14 +234,14 @@ class PixArt(Images):
 class PixArtSigma(PixArt):
     """PixArt-Σ: longer prompts."""
 
-    pipelines = ("PixArtSigmaPipeline",)
+    pipeline = "PixArtSigmaPipeline"
     most_tokens = 300
 
 
 class StableDiffusion(Images):
     """Stable Diffusion 1.5: CLIP, whose padding the network attends to."""
 
-    pipelines = ("StableDiffusionPipeline",)
+    pipeline = "StableDiffusionPipeline"
     network = diffusers.UNet2DConditionModel
     denoiser = StableDiffusionDenoiser
 
@@ -261,7 +263,7 @@ class StableDiffusion(Images):
 class StableDiffusionXL(StableDiffusion):
     """SDXL: two CLIPs side by side, and the second's pooled embedding; the null prompt may be zeros."""
 
-    pipelines = ("StableDiffusionXLPipeline",)
+    pipeline = "StableDiffusionXLPipeline"
     encoders = ("text_encoder", "text_encoder_2")
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -282,7 +284,7 @@ class StableDiffusionXL(StableDiffusion):
 class SD3(Images):
     """Stable Diffusion 3 and 3.5: two CLIPs and a T5, one after the other, and the CLIPs' pooled embeddings."""
 
-    pipelines = ("StableDiffusion3Pipeline",)
+    pipeline = "StableDiffusion3Pipeline"
     network = diffusers.SD3Transformer2DModel
     denoiser = SD3Denoiser
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -290,10 +292,15 @@ class SD3(Images):
     most_tokens = 256
     """Of the T5's; the CLIPs' 77 come before them."""
 
-    def check_size(self, config: Mapping[str, Any], size: Sequence[int], what: str) -> None:
+    def check_size(
+        self, config: Mapping[str, Any], size: Sequence[int], strides: tuple[int, int, int], what: str
+    ) -> None:
         most = config["pos_embed_max_size"] * config["patch_size"]
         if max(size[1:]) > most:
-            raise ValueError(f"{what}; the network has positions for {most} latents of height and width at most")
+            raise ValueError(
+                f"{what}; the network has positions for {most * strides[1]} pixels of height and width, so at most that"
+                " would do"
+            )
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         return config["joint_attention_dim"], config["pooled_projection_dim"]
@@ -324,7 +331,7 @@ class SD3(Images):
 class CogVideoX(StockFamily):
     """CogVideoX 2B and 5B: T5, whose padding the network attends to; frames before channels in the pipeline."""
 
-    pipelines = ("CogVideoXPipeline",)
+    pipeline = "CogVideoXPipeline"
     network = diffusers.CogVideoXTransformer3DModel
     denoiser = CogVideoXDenoiser
     vae = diffusers.AutoencoderKLCogVideoX
@@ -367,7 +374,7 @@ class CogVideoX(StockFamily):
 class Wan(StockFamily):
     """Wan 2.x with one transformer: UMT5, whose padding is zeros."""
 
-    pipelines = ("WanPipeline",)
+    pipeline = "WanPipeline"
     network = diffusers.WanTransformer3DModel
     denoiser = WanDenoiser
     vae = diffusers.AutoencoderKLWan
@@ -416,9 +423,8 @@ def hidden_size(config: Any) -> int:
 
 OPENSORA = OpenSora()
 STOCK: dict[str, StockFamily] = {
-    pipeline: family()
+    family.pipeline: family()
     for family in (PixArt, PixArtSigma, StableDiffusion, StableDiffusionXL, SD3, CogVideoX, Wan)
-    for pipeline in family.pipelines
 }
 """Families of diffusers by the class of their pipelines."""
 
@@ -433,8 +439,8 @@ def family_of(folder: Path) -> Family:
     """The family of a pipeline's folder. Raises ValueError, with the known ones, for a pipeline of another class."""
     path = folder / INDEX_FILE
     name = read_json(path).get("_class_name") if path.is_file() else None
-    if name is None or name in OPENSORA.pipelines:
+    if name in (None, OPENSORA.pipeline):
         return OPENSORA
     if name not in STOCK:
-        raise ValueError(f"{folder} holds a {name}; it takes one of {', '.join([*OPENSORA.pipelines, *STOCK])}")
+        raise ValueError(f"{folder} holds a {name}; it takes one of {', '.join([OPENSORA.pipeline, *STOCK])}")
     return STOCK[name]

@@ -150,7 +150,7 @@ class Pipeline:
         lengths = [int(number) for number in size.split("x")]
         axes = self.family.axes(self.config, self.vae.strides)
         latents = latents_of(lengths, axes, f"--video_sizes {size}")
-        self.family.check_size(self.config, latents, f"--video_sizes {size}")
+        self.family.check_size(self.config, latents, self.vae.strides, f"--video_sizes {size}")
         return self.family.latent_shape(self.config, latents)
 
     @property
@@ -268,7 +268,7 @@ def _load_stock(
     for axis, (flag, asked) in enumerate(zip(SIZE_FLAGS, sources.size, strict=True)):
         if asked is not None:
             size[axis] = axes[axis].latents(asked, f"--{flag} is {asked}")
-            family.check_size(config, size, f"--{flag} is {asked}")
+            family.check_size(config, size, vae.strides, f"--{flag} is {asked}")
     network = (empty_network if "transformer" in empty else load_network)(folder, family.network)
     network.requires_grad_(False).eval()
     if "vae" not in empty:
