@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from tdm_fast.config import ModelConfig
 from tdm_fast.models.denoiser import Conditioning
-from tdm_fast.models.loading import Pipeline, load_parts, save_student
+from tdm_fast.models.loading import Pipeline, load_parts
 from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser, say_unused, takes_two
 from tdm_fast.models.sizes import units
 from tdm_fast.models.sources import Sources
+from tdm_fast.models.student import save_student
 from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.philox import randn, random_integers
 from tdm_fast.samplers import FewStepSampler, denoise, trailing_timesteps

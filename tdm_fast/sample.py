@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tyro.conf import arg
 
+from tdm_fast.attention import Name as AttentionName
+from tdm_fast.attention import choose, set_attention
 from tdm_fast.config import BUNDLED_TEACHER, ModelConfig
 from tdm_fast.encoders import EncoderFiles
 from tdm_fast.models.families import OPENSORA
@@ -147,6 +149,8 @@ class SampleConfig:
     """Decode in pieces of time: less memory for long videos. Large ones are, where it changes nothing."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """What transformer and text encoders are kept in, and the VAE computes in; `auto` takes bfloat16 on a GPU."""
+    attention: AttentionName = "auto"
+    """What computes the transformer's attention, as for `train`."""
     device: str = "auto"
     """`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one."""
     opensora_source: Literal["native", "upstream"] = "native"
@@ -218,10 +222,12 @@ def sample(config: SampleConfig) -> None:
     # Configs and headers alone; the shapes of the package's transformer are those of ours.
     empty = load_parts(replace(sources, upstream=False), empty={"transformer", "vae", "text_encoder"})
     prepare(empty, config)
+    chosen = choose(config.attention, empty.denoiser.model, device, dtype)
     # The encoders are gone before the other networks come; the package's pipeline encodes by itself.
     cache = None if upstream else encode(empty.encoders, prompts, config.negative_prompt, device, dtype)
     model = load_parts(sources, empty=set() if upstream else {"text_encoder"})
     cast_frozen(model.denoiser.model, dtype)
+    set_attention(model.denoiser.model, chosen.backend)
     if model.text_encoder is not None:
         model.text_encoder.to(dtype)
     pipeline, arguments = prepare(model.to(device), config)

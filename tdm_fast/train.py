@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdm_fast import tiny_shapes
+from tdm_fast.attention import set_attention
 from tdm_fast.checkpoint import Checkpoint, Checkpoints
 from tdm_fast.config import TrainConfig
 from tdm_fast.encoders import Encoder
@@ -227,6 +228,7 @@ def run(
     )
     if empty:  # it is looked at beside the student
         teacher = load_parts(teacher.sources, empty={"text_encoder"}).to(ranks.device)
+        tell_attention(config, teacher)
     adopt(student, state, config, found_student)
     if yardstick is not None:  # whose prompts are tiny-shapes', whatever the run's are
         teacher.load_text_encoder()
@@ -256,6 +258,13 @@ def adopt(student: Pipeline, state: State, config: TrainConfig, found: Collected
     network = state.networks.student_network(found.weights, num_steps=k, base=found.base)
     student.denoiser.model = upstream.runnable(network) if student.sources.upstream else network
     student.denoiser.model.to(state.device)
+    tell_attention(config, student)
+
+
+def tell_attention(config: TrainConfig, model: Pipeline) -> None:
+    """Have a model that only samples run the same attention as the networks that are trained."""
+    network = model.denoiser.model
+    set_attention(network, choose_attention(config, network, model.device).backend)
 
 
 class Watch:

@@ -17,6 +17,7 @@ from diffusers import PixArtTransformer2DModel, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +31,7 @@ from tdm_fast.models.opensora_denoiser import OpenSoraDenoiser
 from tdm_fast.parallel import Compilations, apply_checkpointing, compile_blocks, compile_bound
 from tdm_fast.schedule import Schedule
 from tdm_fast.step import make_state
+from tdm_fast.train import train
 
 CPU = torch.device("cpu")
 BATCH, QUERIES, KEYS, HEADS, DIM = 3, 13, 10, 4, 24
@@ -589,3 +591,20 @@ def test_every_network_of_a_run_is_told(tiny_teacher: Path, tmp_path: Path) -> N
     state = make_state(load_pipeline(tiny_teacher).denoiser, config)
     layers = [m for network in state.networks.models() for m in network.modules() if hasattr(m, "attention_backend")]
     assert len(layers) == 3 * 3 * 2 and {layer.attention_backend for layer in layers} == {"math"}
+
+
+@pytest.mark.slow
+def test_samples_of_a_run_attend_as_its_networks_do(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def attended(query: Tensor, *arguments: Any, backend: str, **others: Any) -> Tensor:
+        if not isinstance(query, FakeTensor):  # with which operations are counted, as PyTorch's own
+            seen.add(backend)
+        return attend(query, *arguments, backend=backend, **others)
+
+    monkeypatch.setattr("tdm_fast.models.opensora_layers.attend", attended)
+    short = "--max_train_steps 1 --train_batch_size 2 --lr_warmup_steps 0 --report_to none".split()
+    train(parse_train([*flags(tiny_teacher, tmp_path, "math"), *short]))
+    assert (tmp_path / "run" / "comparison.png").exists() and seen == {"math"}

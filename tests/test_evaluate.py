@@ -28,7 +28,8 @@ from tdm_fast.evaluate import (
     reference_moments,
 )
 from tdm_fast.evaluator import ShapesEvaluator, frechet_distance, moments
-from tdm_fast.models.loading import load_pipeline, save_student
+from tdm_fast.models.loading import load_pipeline
+from tdm_fast.models.student import save_student
 from tdm_fast.sample import UNMEASURED_GUIDANCE, generate
 from tdm_fast.samplers import trailing_timesteps
 from tdm_fast.text import PromptCache

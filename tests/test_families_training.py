@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from torch import Tensor, nn
 from tdm_fast.config import OptimiserConfig, TrainConfig
 from tdm_fast.distill import TDMConfig
 from tdm_fast.models.blocks import named_blocks
+from tdm_fast.models.denoiser import Conditioning
 from tdm_fast.models.loading import Weights
 from tdm_fast.models.networks import empty_network
 from tdm_fast.models.roles import Networks, make_networks
+from tdm_fast.models.wan import WanDenoiser
 from tdm_fast.parallel import Compilations, apply_checkpointing, compile_blocks, compile_bound, warm_up
 from tdm_fast.ranks import Ranks, joined
 from tdm_fast.sharding import collect
@@ -347,14 +350,23 @@ def test_what_diffusers_keeps_in_fp32_stays_in_it(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_iterations(kind: Any) -> None:
-    """The frozen Wan in bf16 but for its fp32 parts, autocast around the rest."""
-    _, exact = iterate("wan", with_flags(CONFIG, roles=kind, lora_rank=2), 2)
-    _, rows = iterate("wan", with_flags(CONFIG, roles=kind, lora_rank=2, mixed_precision="bf16"), 2)
-    for row, wanted in zip(rows, exact, strict=True):
-        assert row["loss_fake"] == pytest.approx(wanted["loss_fake"], rel=0.1)
-        # A difference of networks that are still alike, and so of much rounding.
-        assert row["loss_student"] == pytest.approx(wanted["loss_student"], rel=0.5)
+def test_bf16_is_at_most_twice_as_far_off_as_diffusers_own(kind: Any, tmp_path: Path) -> None:
+    """The frozen Wan in bf16 but for its fp32 parts, autocast around the rest; diffusers' computes all in bf16."""
+    state, rows = iterate("wan", with_flags(CONFIG, roles=kind, lora_rank=2, mixed_precision="bf16"), 2)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    network("wan").save_pretrained(tmp_path)
+    stock = CONFIGS["wan"][1].from_pretrained(tmp_path, torch_dtype=torch.bfloat16)  # type: ignore[attr-defined]
+    x, t, given = example("wan", 2)
+
+    def predicted(model: nn.Module, dtype: torch.dtype) -> Tensor:
+        text = Conditioning({name: tensor.to(dtype) for name, tensor in given.tensors.items()})
+        return WanDenoiser(model, schedule("wan"))(x.to(dtype), t, text).double()
+
+    with torch.no_grad():
+        exact, theirs = predicted(network("wan").double(), torch.float64), predicted(stock, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = predicted(state.networks.roles.teacher.model, torch.float32)
+    assert 0 < (ours - exact).norm() <= 2 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.slow), "wan"])

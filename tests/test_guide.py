@@ -21,9 +21,10 @@ from rank_runs import free_port
 
 from tdm_fast import cli
 from tdm_fast.config import parse_train
-from tdm_fast.models.loading import load_parts, load_pipeline, save_student
+from tdm_fast.models.loading import load_parts, load_pipeline
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.sources import Sources
+from tdm_fast.models.student import save_student
 from tdm_fast.models.upstream import Registries
 from tdm_fast.prompt_store import fill
 from tdm_fast.prompt_store import identity as identity_of

@@ -17,7 +17,8 @@ from tdm_fast import files
 from tdm_fast.evaluate import load_evaluator
 from tdm_fast.evaluator import ShapesEvaluator
 from tdm_fast.files import SaveError
-from tdm_fast.models.loading import load_pipeline, save_student
+from tdm_fast.models.loading import load_pipeline
+from tdm_fast.models.student import save_student
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

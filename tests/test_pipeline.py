@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from tdm_fast.models.denoiser import count_forwards
-from tdm_fast.models.loading import Pipeline, load_pipeline, save_student
+from tdm_fast.models.loading import Pipeline, load_pipeline
+from tdm_fast.models.student import save_student
 from tdm_fast.notes import say_once
 from tdm_fast.philox import randn
 from tdm_fast.pipeline import OpenSoraPipeline, step_generators

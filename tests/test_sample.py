@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -20,10 +21,12 @@ from torch import Tensor
 from tdm_fast import cli
 from tdm_fast import pipeline as pipelines
 from tdm_fast import sample as module
+from tdm_fast.attention import attend
 from tdm_fast.encoders import find_encoder
 from tdm_fast.models.denoiser import Conditioning, count_forwards
-from tdm_fast.models.loading import Pipeline, load_parts, load_pipeline, save_student
+from tdm_fast.models.loading import Pipeline, load_parts, load_pipeline
 from tdm_fast.models.sources import Sources
+from tdm_fast.models.student import save_student
 from tdm_fast.models.wfvae import WFVAEModel
 from tdm_fast.philox import randn
 from tdm_fast.pipeline import OpenSoraPipeline, choose_timesteps, videos_at_once
@@ -262,6 +265,24 @@ def test_networks_and_encoders_are_in_bfloat16_if_asked_for(
     assert 0 < abs(pictures[2] - pictures[0]).mean() < 8
 
 
+def test_the_attention_asked_for_runs(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def attended(*arguments: Any, backend: str, **others: Any) -> Tensor:
+        seen.append(backend)
+        return attend(*arguments, backend=backend, **others)
+
+    monkeypatch.setattr("tdm_fast.models.opensora_layers.attend", attended)
+    pictures = []
+    for name in ("auto", "math"):
+        output = tmp_path / f"{name}.png"
+        sample(SampleConfig(prompt=PROMPTS[:1], model=student, output=output, attention=name, device="cpu"))
+        pictures.append(np.asarray(Image.open(output)).astype(float))
+    half = len(seen) // 2
+    assert set(seen[:half]) == {"sdpa"} and set(seen[half:]) == {"math"}
+    assert abs(pictures[1] - pictures[0]).max() <= 1
+
+
 def test_parts_are_found_as_for_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +336,7 @@ def test_both_encoders_encode_for_a_transformer_that_takes_two(tmp_path: Path) -
         ({"guidance_rescale": 1.5}, r"--guidance_rescale 1.5: it takes 0 \(none\) to 1"),
         ({"batch_size": 0}, "--batch_size 0: it takes a whole number from 1 up"),
         ({"device": "tpu"}, "--device tpu: it takes auto, cpu, cuda"),
+        ({"attention": "flash", "device": "cpu"}, r"--attention flash: it needs a CUDA device .* would do: auto, sdpa"),
         ({"opensora_source": "upstream"}, "its pipeline has no few-step sampler; name another --scheduler"),
         ({"model": Path("no/such/folder")}, "no/such/folder: no such folder"),
     ],

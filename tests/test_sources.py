@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from tdm_fast.config import BUNDLED_TEACHER, parse_train
 from tdm_fast.models import registry
-from tdm_fast.models.loading import load_parts, load_pipeline, save_student
+from tdm_fast.models.loading import load_parts, load_pipeline
 from tdm_fast.models.sizes import units
 from tdm_fast.models.sources import Sources
+from tdm_fast.models.student import save_student
 from tdm_fast.notes import say_once
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -16,16 +16,17 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_networks import TEXT_TOKENS
-from tiny_pipelines import PIPELINES, PROMPTS, build, size
+from tiny_pipelines import PIPELINES, PROMPTS, SD3, build, size
 from torch import Tensor
 
 from tdm_fast import cli, preflight
 from tdm_fast.config import ModelConfig, parse_train
 from tdm_fast.encode import EncodeConfig, encode
 from tdm_fast.models.denoiser import Conditioning
-from tdm_fast.models.loading import Pipeline, load_empty, load_parts, load_pipeline, save_student
+from tdm_fast.models.loading import Pipeline, load_empty, load_parts, load_pipeline
 from tdm_fast.models.roles import make_networks
 from tdm_fast.models.sources import Sources
+from tdm_fast.models.student import save_student
 from tdm_fast.philox import randn
 from tdm_fast.sample import SampleConfig, generate, sample
 from tdm_fast.samplers import FewStepSampler, FewStepScheduler, denoise, make_scheduler
@@ -79,7 +80,7 @@ def stock_texts(pipeline: Any, name: str, prompts: list[str]) -> dict[str, Tenso
     if name.startswith("pixart"):
         states, mask, *_ = pipeline.encode_prompt(prompts, False)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-    if name in ("sdxl", "sd3"):
+    if name in ("sdxl", *SD3):
         more = () if name == "sdxl" else (None, None)
         states, _, pooled, _ = pipeline.encode_prompt(prompts, *more, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": states, "encoder_2_hidden_states": pooled[:, None]}
@@ -159,7 +160,7 @@ STOCK_SCHEDULERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ("name", "kind"),
     [
         *(("pixart_alpha", "dpm"), ("pixart_sigma", "dpm"), ("sd15", "dpm"), ("sdxl", "dpm")),
-        *(("cogvideox_2b", "ddim"), ("cogvideox_5b", "ddim"), ("sd3", "flow")),
+        *(("cogvideox_2b", "ddim"), ("cogvideox_5b", "ddim"), ("sd3", "flow"), ("sd35", "flow")),
     ],
 )
 def test_schedulers_of_diffusers_that_take_a_students_steps(

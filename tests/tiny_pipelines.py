@@ -29,10 +29,12 @@ PIPELINES = {
     "sd15": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
+    "sd35": "StableDiffusion3Pipeline",
     "cogvideox_2b": "CogVideoXPipeline",
     "cogvideox_5b": "CogVideoXPipeline",
     "wan": "WanPipeline",
 }
+SD3 = ("sd3", "sd35")
 SIZES = {"cogvideox_2b": (9, 32, 48), "cogvideox_5b": (9, 32, 48), "wan": (5, 32, 48)}
 """Frames, height and width that a test samples; images are 32 x 48."""
 
@@ -73,7 +75,7 @@ def _vae(name: str) -> Any:
     return diffusers.AutoencoderKL(
         latent_channels=CHANNELS, block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        shift_factor=0.06 if name == "sd3" else None, scaling_factor=1.5 if name == "sd3" else 0.18,
+        shift_factor=0.06 if name in SD3 else None, scaling_factor=1.5 if name in SD3 else 0.18,
     )  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def _texts(name: str) -> dict[str, Any]:
             "text_encoder": _clip(2), "tokenizer": _tokenizer(CLIP_TOKENS),
             "text_encoder_2": _clip(TEXT_WIDTH - 2, POOLED_WIDTH[name]), "tokenizer_2": _tokenizer(CLIP_TOKENS),
         }  # fmt: skip
-    if name == "sd3":
+    if name in SD3:
         half = POOLED_WIDTH[name] // 2
         return {
             "text_encoder": _clip(2, half), "tokenizer": _tokenizer(CLIP_TOKENS),
@@ -103,7 +105,7 @@ def pipeline(name: str, **options: Any) -> Any:
         parts = {"vae": _vae(name).eval(), **_texts(name), "scheduler": scheduler(name)}
     if name == "sd15":
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    parts["unet" if name.startswith("sd") and name != "sd3" else "transformer"] = network(name)
+    parts["unet" if name.startswith("sd") and name not in SD3 else "transformer"] = network(name)
     return getattr(diffusers, PIPELINES[name])(**parts, **options)
 
 

@@ -1,23 +1,20 @@
-"""The networks of one text-to-video model, from where its parts are, and a student's folder made of them."""
+"""The networks of one text-to-video model, from where its parts are."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdm_fast.encoders import EncoderFiles, check_encoders
-from tdm_fast.files import read_json, whole_folder
+from tdm_fast.files import read_json
 from tdm_fast.models import registry, upstream
 from tdm_fast.models.denoiser import Denoiser
 from tdm_fast.models.families import OPENSORA, Family, StockFamily
@@ -25,17 +22,12 @@ from tdm_fast.models.networks import check_tensors, check_weights, empty_network
 from tdm_fast.models.opensora import OpenSoraT2V_v1_3
 from tdm_fast.models.opensora_denoiser import takes_two
 from tdm_fast.models.sizes import SIZE_FLAGS, latent_size, latents_of
-from tdm_fast.models.sources import SAMPLER_FILE, Sources, caption_channels
+from tdm_fast.models.sources import Sources, caption_channels
+from tdm_fast.models.student import FewStep, load_adapter, load_biases, read_few_step
 from tdm_fast.models.vae import VAEWrapper
 from tdm_fast.notes import say_once
 from tdm_fast.schedule import Schedule
 
-__all__ = [
-    "Pipeline", "check_weights", "load_empty", "load_metrics", "load_network", "load_parts", "load_pipeline",
-    "save_student",
-]  # fmt: skip
-
-BIASES_FILE = "num_steps.safetensors"
 METRICS_FILE = "teacher_metrics.json"
 
 
@@ -207,7 +199,7 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
         schedule = Schedule.from_scheduler(scheduler)
     except ValueError as error:
         raise ValueError(f"{sources.scheduler}: {error}") from error
-    own = _few_step(sources.folder, schedule.num_train_timesteps)
+    own = read_few_step(sources.folder, schedule.num_train_timesteps)
     if isinstance(sources.family, StockFamily):
         return _load_stock(sources, sources.family, empty, scheduler, schedule, own)
     vae = registry.load_vae(None, sources.vae, empty=True)
@@ -218,14 +210,14 @@ def load_parts(sources: Sources, *, empty: Collection[str] = ()) -> Pipeline:
     transformer = _transformer(sources, vae, empty="transformer" in empty).requires_grad_(False).eval()
     if "vae" not in empty:
         vae = registry.load_vae(None, sources.vae)
-    products = {} if own.adapter is None else _adapter(transformer, sources.folder / own.adapter)
+    products = {} if own.adapter is None else load_adapter(transformer, sources.folder / own.adapter)
     if "transformer" not in empty:
         for name, (up, down) in products.items():
             transformer.get_parameter(name).add_(up @ down)
     denoiser = OPENSORA.denoiser(transformer, schedule)
     biases, replaced = {}, {}
     if own.trajectories:
-        biases = _load_biases(sources.folder, own.trajectories, denoiser.time_embedding())
+        biases = load_biases(sources.folder, own.trajectories, denoiser.time_embedding())
         names = {module: name for name, module in transformer.named_modules()}
         replaced = {f"{names[denoiser.time_embedding()]}.bias": biases[max(own.trajectories)]}
     pipeline = Pipeline(
@@ -274,7 +266,7 @@ def _load_stock(
     if "vae" not in empty:
         vae = family.wrap(load_network(sources.vae, family.vae))
     vae.requires_grad_(False).eval()
-    products = {} if own.adapter is None else _adapter(network, sources.folder / own.adapter, f"{family.part}.")
+    products = {} if own.adapter is None else load_adapter(network, sources.folder / own.adapter, f"{family.part}.")
     if "transformer" not in empty:
         for name, (up, down) in products.items():
             weight = network.get_parameter(name)
@@ -365,87 +357,6 @@ def _random_transformer(sources: Sources, vae: VAEWrapper, *, empty: bool) -> An
         return registry.Diffusion_models[sources.name](**config)
 
 
-class FewStep(NamedTuple):
-    """What a student's folder says of itself; a teacher's says nothing."""
-
-    timesteps: tuple[int, ...] | None
-    trajectories: dict[int, tuple[int, ...]]
-    adapter: str | None
-    size: tuple[int, ...] | None = None
-
-
-def _few_step(folder: Path, num_train_timesteps: int) -> FewStep:
-    path = folder / SAMPLER_FILE
-    if not path.exists():
-        return FewStep(None, {}, None)
-    settings = read_json(path, "timesteps")
-
-    def nodes(timesteps: Any) -> tuple[int, ...]:
-        known = range(num_train_timesteps)
-        if (
-            not isinstance(timesteps, list)
-            or not timesteps
-            or not all(type(t) is int and t in known for t in timesteps)
-        ):
-            raise ValueError(
-                f"{path} is damaged: its timesteps are {timesteps}; each is a whole number below {len(known)}"
-            )
-        return tuple(timesteps)
-
-    several, adapter = settings.get("num_steps", {}), settings.get("adapter")
-    if not isinstance(several, dict) or not all(key.isdecimal() for key in several):
-        raise ValueError(
-            f"{path} is damaged: its num_steps are {several}; they are the timesteps of each number of steps"
-        )
-    if adapter is not None and (not isinstance(adapter, str) or Path(adapter).name != adapter):
-        raise ValueError(f"{path} is damaged: its adapter is {adapter}; it is the name of a file beside it")
-    size = settings.get("size")
-    if size is not None and not (isinstance(size, list) and len(size) == 3 and all(type(n) is int for n in size)):
-        raise ValueError(f"{path} is damaged: its size is {size}; it is [T, H, W] of its latents")
-    known = {int(key): nodes(several[key]) for key in several}
-    return FewStep(nodes(settings["timesteps"]), known, adapter, None if size is None else tuple(size))
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    """A student's further file of tensors. Raises ValueError when it is missing or damaged."""
-    if not path.exists():
-        raise ValueError(f"{path.parent} is half-written: {path.name} missing; copy or make the folder again")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or half-written ({error}); copy or make the folder again") from error
-
-
-def _load_biases(folder: Path, known: Mapping[int, object], linear: nn.Linear) -> dict[int, Tensor]:
-    path = folder / BIASES_FILE
-    biases = _load_tensors(path)
-    for k in map(str, known):
-        shape = biases[k].shape if k in biases else None
-        if shape != linear.bias.shape:
-            raise ValueError(f"{path} has shape {shape} for {k} steps; the transformer takes {linear.bias.shape}")
-    return {k: biases[str(k)] for k in known}
-
-
-def _adapter(transformer: nn.Module, path: Path, prefix: str = "transformer.") -> dict[str, tuple[Tensor, Tensor]]:
-    """An adapter's file as `Weights.products` of a network. Raises ValueError when the file is of another network."""
-    # A bias in it says what the biases of the student's own file say.
-    tensors = {name: value for name, value in _load_tensors(path).items() if not name.endswith(".bias")}
-    paths = {name.split(".lora_")[0].removeprefix(prefix) for name in tensors}
-    modules = dict(transformer.named_modules())
-    if not paths or (odd := sorted(paths - modules.keys())):
-        raise ValueError(f"{path} is of another network: it adapts {odd[0] if paths else 'nothing'}")
-    products = {}
-    for name in sorted(paths):
-        halves = [tensors.get(f"{prefix}{name}.lora_{half}.weight", torch.empty(0)) for half in "BA"]
-        up, down = halves
-        weight: Any = modules[name].weight
-        if (*up.shape, *down.shape) != (weight.shape[0], up.shape[-1], up.shape[-1], *weight.shape[1:]):
-            shapes = " and ".join(str(list(half.shape)) for half in halves)
-            raise ValueError(f"{path} is of another network: size mismatch, {shapes} for {name} {list(weight.shape)}")
-        products[f"{name}.weight"] = (up, down)
-    return products
-
-
 def load_metrics(folder: Path) -> dict[str, Any] | None:
     """The rows that a teacher's folder keeps of its own quality, or None. Raises ValueError when they are damaged."""
     path = folder / METRICS_FILE
@@ -460,47 +371,3 @@ def load_metrics(folder: Path) -> dict[str, Any] | None:
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(f"{path} is damaged: {name} lacks numbers; `tdm-fast evaluate --sweep` writes it anew")
     return metrics
-
-
-def save_student(
-    folder: Path,
-    transformer: nn.Module,
-    teacher: Sources | Path,
-    timesteps: Sequence[int] | Mapping[int, Sequence[int]],
-    *,
-    biases: Mapping[int, Tensor] | None = None,
-    files: Mapping[str, bytes] | None = None,
-    adapter: str | None = None,
-    size: Sequence[int] | None = None,
-) -> None:
-    """Write a student that samples by itself: its transformer, the teacher's other parts, the nodes of its trajectory.
-
-    With an `adapter`, one of `files` (name and content), the weights are the teacher's, into which it is merged at
-    loading, and `transformer` says the config alone. `size` is `(T, H, W)` of its latents where no config says it.
-    For a student of several numbers of steps `timesteps` are the nodes of each, and `biases` `[d]` what makes it the
-    one of each. The teacher's weights are linked where that is
-    possible. Written beside and renamed when whole. Raises SaveError when it cannot be written.
-    """
-    sources = Sources.of_folder(teacher) if isinstance(teacher, Path) else teacher
-    model: Any = transformer
-    settings: dict[str, Any] = {"timesteps": list(timesteps)}
-    if isinstance(timesteps, Mapping):
-        settings["timesteps"] = list(timesteps[max(timesteps)])
-        settings["num_steps"] = {str(k): list(timesteps[k]) for k in sorted(timesteps)}
-    if adapter is not None:
-        settings["adapter"] = adapter
-    if size is not None:
-        settings["size"] = list(size)
-    part = sources.family.part
-    with whole_folder(folder) as partial:
-        sources.save(partial, [name for name in sources.folders if name != part or adapter is not None])
-        (partial / SAMPLER_FILE).write_text(json.dumps(settings) + "\n")
-        if biases is not None:
-            tensors = {str(k): bias.detach().cpu().contiguous() for k, bias in biases.items()}
-            save_file(tensors, partial / BIASES_FILE, metadata={"format": "pt"})
-        for name, content in (files or {}).items():
-            (partial / name).write_bytes(content)
-        if adapter is None:
-            model.save_pretrained(partial / part)
-        else:
-            model.save_config(partial / part)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tdm_fast.models.adapters import LORA_FILE, Adapters, RunWith, lora_file, role_context
 from tdm_fast.models.denoiser import NUM_STEPS, Conditioning, Denoiser, Roles
-from tdm_fast.models.loading import save_student
 from tdm_fast.models.sources import Sources
+from tdm_fast.models.student import save_student
 
 __all__ = ["Networks", "StepsEmbedding", "make_networks", "role_context", "tell"]
 
