@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -52,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-TOGETHER = ("context", "cuda_ops", "faults", "guide", "ranks", "train")
+TOGETHER = ("cuda_ops", "faults", "guide", "ranks", "train")
 """Modules whose tests share what takes many seconds to make; a worker runs all tests of one."""
 
 
@@ -177,9 +176,10 @@ def start_command(tmp_path_factory: pytest.TempPathFactory, estimates: Path) -> 
     They are forks of one process that has imported it already, because importing takes longer than such a run; each
     computes with one thread, so that all of them round alike. No file can grow beyond `file_limit` bytes.
     """
+    from rank_runs import forkserver
+
     folder, before = tmp_path_factory.mktemp("commands"), os.environ.get("OMP_NUM_THREADS")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tdm_fast.train", "tdm_fast.sample", "tdm_fast.make_teacher"])
+    context = forkserver(["tdm_fast.train", "tdm_fast.sample", "tdm_fast.make_teacher"])
     started: list[ForkServerProcess] = []
 
     def start(*arguments: object, file_limit: int | None = None) -> Command:

@@ -299,7 +299,7 @@ def job(function: Callable[..., None], *arguments: Any, **settings: Any) -> Job:
     return function, arguments, settings
 
 
-JOBS: dict[str, Job] = {
+QUICK: dict[str, Job] = {
     "exchanges": job(exchanges),
     "set and taken off": job(set_and_taken_off),
     "refused": job(refused),
@@ -319,20 +319,22 @@ JOBS: dict[str, Job] = {
     **{f"memory, {kind}": job(memory, kind) for kind in ("none", "block")},
 }
 
-ON_TWO_RANKS: dict[str, Job] = {  # these take seconds each
-    "compiled, none": job(compiled, "none", 1, 2, 3),
-    "compiled, block": job(compiled, "block", 2, sparse1d=False),
-    "compiled, selective": job(compiled, "selective", 2, sparse1d=False),
-    "compiled as a whole": job(whole_model_compiled),
+COMPILED: dict[str, Job] = {
+    "none": job(compiled, "none", 1, 2, 3),
+    "block": job(compiled, "block", 2, sparse1d=False),
+    "selective": job(compiled, "selective", 2, sparse1d=False),
+    "as a whole": job(whole_model_compiled),
 }
 
+JOBS: dict[str, dict[str, Job]] = {"2 ranks": QUICK, "2 ranks, compiled": COMPILED, "4 ranks": QUICK}
+"""By a name that begins with the number of ranks."""
 
-def jobs_on(ranks: int) -> dict[str, Job]:
-    return JOBS | ON_TWO_RANKS if ranks == 2 else JOBS
 
+def run_jobs(rank: int, ranks: int, name: str, folder: str) -> None:
+    """The `JOBS` of a name, in order, on one rank; what came of each goes to a file.
 
-def run_jobs(rank: int, ranks: int, folder: str) -> None:
-    """All jobs, in order, on one rank; what came of each goes to a file. A failure ends the rank, and so the others."""
+    A failure ends the rank, and so the others.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -342,14 +344,14 @@ def run_jobs(rank: int, ranks: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=150),
     )
     results = {}
-    for name, (function, arguments, settings) in jobs_on(ranks).items():
+    for job_name, (function, arguments, settings) in JOBS[name].items():
         torch.manual_seed(0)
         torch.compiler.reset()
         try:
             function(*arguments, **settings)
-            results[name] = "passed"
+            results[job_name] = "passed"
         except BaseException:
-            results[name] = traceback.format_exc()
+            results[job_name] = traceback.format_exc()
             break
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     if all(result == "passed" for result in results.values()):

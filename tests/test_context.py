@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from context_jobs import jobs_on, run_jobs
+from context_jobs import JOBS, run_jobs
+from rank_runs import forkserver
 
 from tdm_fast.models.context import Context
 
-Outcomes = Callable[[int], list[dict[str, str]]]
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
-    """What came of the jobs, rank by rank, for a number of ranks; run once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tdm_fast.train", "tdm_fast.sample", "tdm_fast.make_teacher"])  # as conftest.py
-    found: dict[int, list[dict[str, str]]] = {}
-
-    def run(ranks: int) -> list[dict[str, str]]:
-        if ranks not in found:
-            folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
-            processes = [context.Process(target=run_jobs, args=(rank, ranks, str(folder))) for rank in range(ranks)]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(180)
-                process.kill()
-            files = [folder / f"{rank}.json" for rank in range(ranks)]
-            found[ranks] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-        return found[ranks]
-
-    yield run
-
 
 @pytest.mark.parametrize(
-    ("ranks", "name"),
-    [
-        pytest.param(ranks, name, marks=pytest.mark.slow if ranks == 4 or name == "exchanges" else ())
-        for ranks in (2, 4)
-        for name in jobs_on(ranks)
-    ],
+    "name", [name if name == "2 ranks" else pytest.param(name, marks=pytest.mark.slow) for name in JOBS]
 )
-def test_on_ranks(outcomes: Outcomes, ranks: int, name: str) -> None:
-    for rank, results in enumerate(outcomes(ranks)):
-        assert results.get(name, "did not run, see the first that failed") == "passed", f"rank {rank}"
+def test_on_ranks(name: str, tmp_path: Path) -> None:
+    """All jobs of one start of the ranks, which is what takes long; the first that fails is the last that is run."""
+    ranks, context = int(name[0]), forkserver(["tdm_fast.train", "tdm_fast.sample", "tdm_fast.make_teacher"])
+    processes = [context.Process(target=run_jobs, args=(rank, ranks, name, str(tmp_path))) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    files = [tmp_path / f"{rank}.json" for rank in range(ranks)]
+    found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    for rank, results in enumerate(found):
+        failed = {job: results.get(job, "did not run") for job in JOBS[name] if results.get(job) != "passed"}
+        assert not failed, f"rank {rank}: {next(iter(failed))}: {next(iter(failed.values()))}"
 
 
 def test_rows_are_the_least() -> None:
