@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import pytest
 from adamw_jobs import adamw
 from rank_runs import run_ranks
 
 
+@pytest.mark.slow
 def test_moments_of_8_bits_do_not_depend_on_the_ranks(tmp_path: Path) -> None:
     """Rows that two ranks cannot share evenly; each run goes on from the other's checkpoint as well."""
     [(whole, names)] = run_ranks(1, adamw, tmp_path / "one", 1, 3)

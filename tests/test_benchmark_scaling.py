@@ -44,6 +44,7 @@ def test_the_page_is_arithmetic_on_what_was_counted() -> None:
     assert page.count("**does not fit**") == 1
 
 
+@pytest.mark.slow
 def test_the_page_in_docs_is_made_of_what_is_kept_beside_it(tmp_path: Path) -> None:
     runpy.run_path(str(BENCHMARKS / "scaling"))["main"](["--output", str(tmp_path / "page.md")])
     assert (tmp_path / "page.md").read_text() == (BENCHMARKS.parent / "docs" / "scaling.md").read_text()

@@ -75,6 +75,7 @@ def test_a_model_that_fills_a_device_has_a_ladder_of_its_own() -> None:
     assert set(kinds.values()) == {"none", "selective", "block"}
 
 
+@pytest.mark.slow
 def test_the_script_writes_its_table(tmp_path: Path) -> None:
     main = runpy.run_path(str(SCRIPT))["main"]
     flags = ["--model", "dry", "--device", "cpu", "--rounds", "1", "--rungs", "0,1,3", "--roles", "full"]

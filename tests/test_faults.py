@@ -133,7 +133,7 @@ SLOW = pytest.mark.slow
     ("phase", "victim"),
     [
         ("training", 1),
-        ("renaming", 0),
+        pytest.param("renaming", 0, marks=SLOW),
         pytest.param("writing", None, marks=SLOW),
         pytest.param("training", None, marks=SLOW),
         pytest.param("training", 0, marks=SLOW),

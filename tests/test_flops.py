@@ -121,7 +121,7 @@ def forward_flops(roles: Roles) -> float:
     return measured.pop()
 
 
-@pytest.mark.parametrize("share_index", [False, True])
+@pytest.mark.parametrize("share_index", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_iteration_has_the_calls_and_the_flops_of_the_method(roles: Roles, share_index: bool) -> None:
     """Over all (k_g, k_f) of four steps, or all shared k: 11.75 F, or 10.5 F, against 15 F, with the same losses.
 

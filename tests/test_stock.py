@@ -42,7 +42,11 @@ ONE_ITERATION = (
 ).split()
 
 pytestmark = pytest.mark.usefixtures("known_estimates")
-every_family = pytest.mark.parametrize("name", PIPELINES)
+ALIKE = ("pixart_sigma", "sd35", "cogvideox_2b")
+"""Whose pipeline and network are of classes that a faster test has as well."""
+every_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in PIPELINES]
+)
 
 
 @pytest.fixture(scope="session")
@@ -159,8 +163,11 @@ STOCK_SCHEDULERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *(("pixart_alpha", "dpm"), ("pixart_sigma", "dpm"), ("sd15", "dpm"), ("sdxl", "dpm")),
-        *(("cogvideox_2b", "ddim"), ("cogvideox_5b", "ddim"), ("sd3", "flow"), ("sd35", "flow")),
+        pytest.param(name, kind, marks=pytest.mark.slow if name in ALIKE else ())
+        for name, kind in [
+            *(("pixart_alpha", "dpm"), ("pixart_sigma", "dpm"), ("sd15", "dpm"), ("sdxl", "dpm")),
+            *(("cogvideox_2b", "ddim"), ("cogvideox_5b", "ddim"), ("sd3", "flow"), ("sd35", "flow")),
+        ]
     ],
 )
 def test_schedulers_of_diffusers_that_take_a_students_steps(

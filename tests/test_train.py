@@ -453,6 +453,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_named(
         assert any(not torch.equal(after[group][name], last[group][name]) for name in before[group]), group
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "update", spoiling({2, 3, 4, 5, 6}))
     config.optimiser.max_train_steps = 7
