@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import pytest
+import torch
 from adamw_jobs import adamw
 from rank_runs import run_ranks
 
