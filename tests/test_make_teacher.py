@@ -212,6 +212,7 @@ def test_other_flags_are_another_teacher(tmp_path: Path, monkeypatch: pytest.Mon
         make_teacher(config(tmp_path, checkpoint_seconds=5.0))
 
 
+@pytest.mark.slow
 def test_a_part_that_is_trained_again_outdates_the_numbers(small: None, tmp_path: Path) -> None:
     make_teacher(config(tmp_path))
     file = tmp_path / "teacher_metrics.json"

@@ -108,6 +108,7 @@ def test_all_ranks_leave_at_the_same_iteration(tmp_path: Path, number: signal.Si
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_not_waited_for_long(tmp_path: Path) -> None:
     job = few_ranks.start(
         functools.partial(jobs.train, every=0.02, limit=timedelta(seconds=1)),

@@ -128,6 +128,7 @@ def test_twenty_iterations(flags: dict[str, Any], config: TrainConfig) -> None:
     assert_same(run_ranks(2, rows_of, with_flags(config, **flags), 20)[0][0], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"roles": "lora", "lora_rank": 2}], ids=["full", "lora"])
 def test_copies_of_shards(flags: dict[str, Any], config: TrainConfig) -> None:
     """Two copies of two shards each: HSDP on four ranks."""
@@ -143,7 +144,7 @@ def test_copies_of_shards(flags: dict[str, Any], config: TrainConfig) -> None:
         (2, {}),
         (2, {"roles": "lora", "lora_rank": 2, "unify": (2, 4)}),
         (2, {"sharding": "none"}),
-        (4, {"sharding": "hybrid", "shard_size": 2}),
+        pytest.param(4, {"sharding": "hybrid", "shard_size": 2}, marks=pytest.mark.slow),
     ],
     ids=["full", "lora", "none", "hybrid"],
 )
@@ -342,6 +343,7 @@ def test_the_bytes_of_whole_weights(config: TrainConfig) -> None:
     assert found == {("fake", "fake", "all-reduce"): 4 * p, ("student", "student", "all-reduce"): 4 * p, **SUMS}
 
 
+@pytest.mark.slow
 def test_the_bytes_of_copies_and_contexts(config: TrainConfig) -> None:
     """Two copies of the weights, each over the two ranks that share samples: reduced there, then across."""
     flags = {"sharding": "hybrid", "shard_size": 2, "context_parallel": 2, "activation_checkpointing": "block"}
@@ -410,7 +412,11 @@ def poisoned(config: TrainConfig, poisoned_rank: int) -> Any:
 
 @pytest.mark.parametrize(
     ("world", "flags"),
-    [(2, {}), (4, {"sharding": "hybrid", "shard_size": 2}), (2, {"roles": "lora", "lora_rank": 2})],
+    [
+        (2, {}),
+        pytest.param(4, {"sharding": "hybrid", "shard_size": 2}, marks=pytest.mark.slow),
+        (2, {"roles": "lora", "lora_rank": 2}),
+    ],
     ids=["full", "hybrid", "lora"],
 )
 def test_one_ranks_nan_skips_the_update_on_all(world: int, flags: dict[str, Any], config: TrainConfig) -> None:

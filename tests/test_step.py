@@ -62,12 +62,10 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     return [(row["loss_fake"], row["loss_student"]) for row in found]
 
 
-QUICK = ("shared index",)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
-    [pytest.param(flags, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, flags in OPTIONS.items()],
+    [pytest.param(flags, id=name) for name, flags in OPTIONS.items()],
 )
 def test_every_option_trains_and_goes_on_to_the_bit(
     flags: dict[str, Any], config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,6 +228,7 @@ def test_flags_that_cannot_work_are_refused(arguments: list[str], says: str) -> 
         parse_train(arguments)
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_iterations(config: TrainConfig) -> None:
     train(with_flags(config, profile="2:3"))
     import gzip

@@ -244,7 +244,7 @@ def test_the_command_distils_it(folders: Callable[[str], Path], tmp_path: Path, 
     assert (tmp_path / "one.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("name", ["sd15", "wan"])
+@pytest.mark.parametrize("name", [pytest.param("sd15", marks=pytest.mark.slow), "wan"])
 def test_a_run_can_be_checked_before(folders: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     frames, height, width = map(str, size(name))
     flags = ["--model", str(folders(name)), "--num_frames", frames, "--max_height", height, "--max_width", width]

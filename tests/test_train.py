@@ -152,6 +152,7 @@ def test_the_student_has_moved_and_is_the_average(finished: Path, tiny_teacher: 
             assert not torch.equal(ema, student), name
 
 
+@pytest.mark.slow
 def test_the_students_folder_alone_is_enough_to_sample(
     finished: Path, tiny_teacher: Path, start_command: Any, tmp_path: Path
 ) -> None:
@@ -346,6 +347,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     train(moved(short, short.run.output_dir, checkpointing_steps=7, validation_steps=9))
 
 
+@pytest.mark.slow
 def test_contents_make_a_run_not_paths(config: TrainConfig, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
