@@ -181,7 +181,7 @@ def start_command(tmp_path_factory: pytest.TempPathFactory, estimates: Path) -> 
     from rank_runs import forkserver
 
     folder, before = tmp_path_factory.mktemp("commands"), os.environ.get("OMP_NUM_THREADS")
-    context = forkserver(["tdm_fast.train", "tdm_fast.sample", "tdm_fast.make_teacher"])
+    context = forkserver()
     started: list[ForkServerProcess] = []
 
     def start(*arguments: object, file_limit: int | None = None) -> Command:

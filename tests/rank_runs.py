@@ -19,17 +19,20 @@ import torch
 
 from tdm_fast.ranks import joined
 
-PRELOAD = ["tdm_fast.train", "torch.distributed.fsdp", "torch.distributed.tensor", "peft"]
+PRELOAD = [
+    *("tdm_fast.train", "tdm_fast.sample", "tdm_fast.make_teacher"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor", "peft"),
+]
 
 
-def forkserver(preload: Sequence[str]) -> ForkServerContext:
-    """Processes that are forks of one which has imported `preload`, of all that ask the first's.
+def forkserver() -> ForkServerContext:
+    """Processes that are forks of one which has imported PRELOAD.
 
     It imports what is installed, as pytest does, and not what lies in the working directory: Python 3.11's server has
     that first in its path.
     """
     context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONSAFEPATH")
-    context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload(PRELOAD)
     os.environ["PYTHONSAFEPATH"] = "1"
     ensure_running()
     os.environ.pop("PYTHONSAFEPATH") if before is None else os.environ.update(PYTHONSAFEPATH=before)
@@ -44,7 +47,7 @@ def free_port() -> int:
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
     """What `function(*arguments)` returns on each of `world` ranks; fails with the first error of any."""
-    context = forkserver(PRELOAD)
+    context = forkserver()
     # pytest's name for a test module is one that other processes cannot import; by its file's name they can.
     name = Path(function.__code__.co_filename).stem, function.__name__
     port = free_port()

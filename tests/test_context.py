@@ -17,7 +17,7 @@ from tdm_fast.models.context import Context
 )
 def test_on_ranks(name: str, tmp_path: Path) -> None:
     """All jobs of one start of the ranks, which is what takes long; the first that fails is the last that is run."""
-    ranks, context = int(name[0]), forkserver(["tdm_fast.train", "tdm_fast.sample", "tdm_fast.make_teacher"])
+    ranks, context = int(name[0]), forkserver()
     processes = [context.Process(target=run_jobs, args=(rank, ranks, name, str(tmp_path))) for rank in range(ranks)]
     for process in processes:
         process.start()

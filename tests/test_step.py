@@ -63,10 +63,7 @@ def losses(folder: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [pytest.param(flags, id=name) for name, flags in OPTIONS.items()],
-)
+@pytest.mark.parametrize("flags", OPTIONS.values(), ids=OPTIONS)
 def test_every_option_trains_and_goes_on_to_the_bit(
     flags: dict[str, Any], config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
